@@ -1,0 +1,155 @@
+"""Which names are public, and which file each comes from when it is first used."""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+
+__version__ = "0.1.0"
+
+TYPE_CHECKING = False  # type checkers read it as true; `typing` would cost 5 ms here
+
+if TYPE_CHECKING:
+    from . import testing as testing
+    from .comm import (
+        barrier as barrier,
+        broadcast as broadcast,
+        gather as gather,
+        gather_objects as gather_objects,
+        main_first as main_first,
+        on_main as on_main,
+        pad as pad,
+        reduce as reduce,
+        split as split,
+    )
+    from .env import close as close, connect as connect, detect as detect
+    from .errors import (
+        AccelxError as AccelxError,
+        CollectiveError as CollectiveError,
+        DataError as DataError,
+        DetectError as DetectError,
+        LossError as LossError,
+        MissingExtraError as MissingExtraError,
+        OrderError as OrderError,
+        PlacementError as PlacementError,
+        PrecisionError as PrecisionError,
+        SpawnError as SpawnError,
+        SpentStateError as SpentStateError,
+    )
+    from .explain import explain as explain
+    from .groups import param_groups as param_groups
+    from .loader import Loader as Loader
+    from .passes.accumulate import accumulate as accumulate
+    from .passes.clip import clip as clip
+    from .passes.clip_value import clip_value as clip_value
+    from .passes.shard_loader import shard_loader as shard_loader
+    from .passes.shard_model import shard_model as shard_model
+    from .passes.with_precision import with_precision as with_precision
+    from .passes.with_schedule import with_schedule as with_schedule
+    from .records import (
+        Axis as Axis,
+        Engine as Engine,
+        Env as Env,
+        Mean as Mean,
+        Out as Out,
+        Pass as Pass,
+        Precision as Precision,
+        Rules as Rules,
+        Transform as Transform,
+    )
+    from .rng import seed as seed
+    from .run import (
+        apply as apply,
+        evaluating as evaluating,
+        feed as feed,
+        frozen as frozen,
+        grads as grads,
+        init as init,
+        measure as measure,
+        step as step,
+    )
+    from .schedules import (
+        warmup_cosine as warmup_cosine,
+        warmup_linear as warmup_linear,
+    )
+    from .spawn import spawn as spawn
+    from .state import State as State, fork as fork
+    from .transform import (
+        chain as chain,
+        identity as identity,
+        transform as transform,
+    )
+
+# File -> the public names it defines. A test holds the imports above to it.
+_NAMES = {
+    "errors": (
+        *("AccelxError", "CollectiveError", "DataError", "DetectError", "LossError"),
+        *("MissingExtraError", "OrderError", "PlacementError", "PrecisionError"),
+        *("SpawnError", "SpentStateError"),
+    ),
+    "records": (
+        *("Axis", "Engine", "Env", "Mean", "Out", "Pass", "Precision", "Rules"),
+        "Transform",
+    ),
+    "transform": ("chain", "identity", "transform"),
+    "explain": ("explain",),
+    "state": ("State", "fork"),
+    "groups": ("param_groups",),
+    "schedules": ("warmup_cosine", "warmup_linear"),
+    "env": ("close", "connect", "detect"),
+    "loader": ("Loader",),
+    "rng": ("seed",),
+    "comm": (
+        *("barrier", "broadcast", "gather", "gather_objects", "main_first"),
+        *("on_main", "pad", "reduce", "split"),
+    ),
+    "passes.accumulate": ("accumulate",),
+    "passes.clip": ("clip",),
+    "passes.clip_value": ("clip_value",),
+    "passes.shard_loader": ("shard_loader",),
+    "passes.shard_model": ("shard_model",),
+    "passes.with_precision": ("with_precision",),
+    "passes.with_schedule": ("with_schedule",),
+    "run": (
+        *("apply", "evaluating", "feed", "frozen", "grads", "init", "measure"),
+        "step",
+    ),
+    "spawn": ("spawn",),
+    "testing": ("testing",),
+}
+_HOMES = {name: home for home, names in _NAMES.items() for name in names}
+
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll] one list, not two
+
+
+def _public(name: str, module: ModuleType) -> object:
+    """What `name` stands for: in its file, or the file itself where it is the name."""
+    if _HOMES[name] == name and not hasattr(module, name):
+        return module
+    return getattr(module, name)
+
+
+class _Package(ModuleType):
+    """The package itself, whose public names win over files of the same name."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # Importing accelx/transform.py binds that file to `accelx.transform`, where the
+        # function of that name belongs. The import statement binds by setattr.
+        if isinstance(value, ModuleType) and _HOMES.get(name) == name:
+            value = _public(name, value)
+        super().__setattr__(name, value)
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = _public(name, import_module(f"{__name__}.{home}"))
+    setattr(sys.modules[__name__], name, value)  # the next look-up costs nothing
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package
