@@ -1,0 +1,211 @@
+"""How ranks are started inside a test: forked from the test's own process, over gloo."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import pickle
+import selectors
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import attrs
+
+from accelx.errors import AccelxError
+from accelx.records import Axis, Env
+
+Axes = str | Mapping[str, int] | tuple[Axis, ...]
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+GRACE = 2.0  # seconds that the other ranks get after the first failure
+
+
+class RankError(AccelxError, RuntimeError):
+    """A rank of `run` failed, or did not finish in time."""
+
+
+@attrs.frozen
+class _Report:
+    """What one rank sends back through its pipe."""
+
+    ok: bool
+    value: Any  # the result; of a failed rank, its traceback as text
+    time: float  # time.monotonic() at the end, comparable between processes
+
+
+@attrs.define
+class _Rank:
+    """A forked rank, while the caller waits for it."""
+
+    rank: int
+    pid: int
+    pipe: int
+    sent: bytearray = attrs.field(factory=bytearray)
+
+
+def run(
+    n: int, *, timeout: float = 60.0, axes: Axes | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., list[Any]]]:
+    """Run a function on `n` forked ranks: `run(2)(fn)(*args)` is every rank's result.
+
+    `fn(env, *args)` gets a connected CPU Env over gloo; `axes` as in `connect`. Ranks are
+    forked, so `fn` may be a closure, and one CPU thread each. Results come back by pickle,
+    in rank order. `run(1)` forks too. Raises RankError in the caller with the traceback
+    of the first rank that failed, or after `timeout` seconds with the ranks that hung.
+    """
+    if n < 1:
+        raise ValueError(f"run wants at least 1 rank, got {n}; write run(1) or more")
+
+    def launch(fn: Callable[..., Any]) -> Callable[..., list[Any]]:
+        def call(*args: Any) -> list[Any]:
+            with tempfile.TemporaryDirectory(prefix="accelx-run-") as folder:
+                url = f"file://{folder}/store"
+                ranks = [_fork(r, n, url, axes, timeout, fn, args) for r in range(n)]
+                return _results(ranks, _collect(ranks, timeout), timeout)
+
+        return call
+
+    return launch
+
+
+def _fork(
+    rank: int,
+    world: int,
+    url: str,
+    axes: Axes | None,
+    timeout: float,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> _Rank:
+    sys.stdout.flush()  # or the child would print the caller's buffer again
+    sys.stderr.flush()
+    read, write = os.pipe()
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        os.close(read)
+        _die_with(parent)
+        env = Env(rank, world, rank, world, launcher="testing", rendezvous=url)
+        _child(env, axes, timeout, fn, args, write)
+    os.close(write)
+    return _Rank(rank, pid, read)
+
+
+def _die_with(parent: int) -> None:
+    """Let the kernel kill this rank when the process that forked it goes away."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it went before the call above
+            os._exit(1)
+
+
+def _child(
+    env: Env,
+    axes: Axes | None,
+    timeout: float,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    pipe: int,
+) -> NoReturn:
+    code = 1
+    try:
+        report = _attempt(env, axes, timeout, fn, args)
+        with os.fdopen(pipe, "wb") as out:
+            out.write(report)
+        code = 0
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # the caller's exit handlers are not this rank's to run
+
+
+def _attempt(
+    env: Env,
+    axes: Axes | None,
+    timeout: float,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> bytes:
+    import torch
+
+    from accelx.env import close, connect
+
+    try:
+        torch.set_num_threads(1)
+        env = connect(env, axes=axes, device="cpu", timeout=timeout)
+        value = fn(env, *args)
+        report = pickle.dumps(_Report(ok=True, value=value, time=time.monotonic()))
+        close(env)
+        return report
+    except BaseException:
+        text = traceback.format_exc()
+        return pickle.dumps(_Report(ok=False, value=text, time=time.monotonic()))
+
+
+def _collect(ranks: list[_Rank], timeout: float) -> dict[int, _Report | None]:
+    """Every report that came in time, by rank; None for a rank that died without one."""
+    reports: dict[int, _Report | None] = {}
+    deadline = time.monotonic() + timeout
+    with selectors.DefaultSelector() as waiting:
+        for rank in ranks:
+            waiting.register(rank.pipe, selectors.EVENT_READ, rank)
+        try:
+            while waiting.get_map() and (left := deadline - time.monotonic()) > 0:
+                for key, _ in waiting.select(left):
+                    done = _read(key.data)
+                    if done is None:
+                        continue
+                    waiting.unregister(key.fd)
+                    reports[key.data.rank] = done = done or None
+                    if done is None or not done.ok:
+                        deadline = min(deadline, time.monotonic() + GRACE)
+        finally:
+            _reap(ranks)
+    return reports
+
+
+def _read(rank: _Rank) -> Any:
+    """The report once it is whole, None before, False when the rank died without one."""
+    part = os.read(rank.pipe, 1 << 20)
+    if part:
+        rank.sent += part
+        return None
+    return pickle.loads(rank.sent) if rank.sent else False
+
+
+def _reap(ranks: list[_Rank]) -> None:
+    for rank in ranks:
+        os.close(rank.pipe)
+        pid = 0
+        with contextlib.suppress(ChildProcessError):
+            pid, _ = os.waitpid(rank.pid, os.WNOHANG)
+        if pid == 0:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank.pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(rank.pid, 0)
+
+
+def _results(
+    ranks: list[_Rank], reports: dict[int, _Report | None], timeout: float
+) -> list[Any]:
+    failed = {r: report for r, report in reports.items() if report and not report.ok}
+    if failed:
+        first = min(failed, key=lambda r: failed[r].time)
+        raise RankError(f"rank {first} of {len(ranks)} failed:\n{failed[first].value}")
+    died = [rank for rank, report in reports.items() if report is None]
+    if died:
+        raise RankError(f"ranks {died} of {len(ranks)} died without a traceback")
+    hung = [rank.rank for rank in ranks if rank.rank not in reports]
+    if hung:
+        raise RankError(
+            f"ranks {hung} of {len(ranks)} had not finished after {timeout:g} s; "
+            "look for a collective that not every rank reaches, or raise `timeout`"
+        )
+    return [report.value for _, report in sorted(reports.items()) if report]
