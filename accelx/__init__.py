@@ -29,11 +29,13 @@ if TYPE_CHECKING:
         DetectError as DetectError,
         LossError as LossError,
         MissingExtraError as MissingExtraError,
+        NeutralityWarning as NeutralityWarning,
         OrderError as OrderError,
         PlacementError as PlacementError,
         PrecisionError as PrecisionError,
         SpawnError as SpawnError,
         SpentStateError as SpentStateError,
+        UnusedParameterError as UnusedParameterError,
     )
     from .explain import explain as explain
     from .groups import param_groups as param_groups
@@ -84,7 +86,7 @@ _NAMES = {
     "errors": (
         *("AccelxError", "CollectiveError", "DataError", "DetectError", "LossError"),
         *("MissingExtraError", "OrderError", "PlacementError", "PrecisionError"),
-        *("SpawnError", "SpentStateError"),
+        *("SpawnError", "SpentStateError", "UnusedParameterError", "NeutralityWarning"),
     ),
     "records": (
         *("Axis", "Engine", "Env", "Mean", "Out", "Pass", "Precision", "Rules"),
@@ -139,13 +141,15 @@ class _Package(ModuleType):
         super().__setattr__(name, value)
 
 
-def __getattr__(name: str) -> object:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = _public(name, import_module(f"{__name__}.{home}"))
-    setattr(sys.modules[__name__], name, value)  # the next look-up costs nothing
-    return value
+if not TYPE_CHECKING:  # a checker would take it to mean that any name is there
+
+    def __getattr__(name: str) -> object:
+        home = _HOMES.get(name)
+        if home is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = _public(name, import_module(f"{__name__}.{home}"))
+        setattr(sys.modules[__name__], name, value)  # the next look-up costs nothing
+        return value
 
 
 def __dir__() -> list[str]:

@@ -3,11 +3,12 @@
 import ast
 from pathlib import Path
 
-# A file imports from its own floor or a lower one. A folder stands for its files.
+# A file imports from its own floor or a lower one. A folder stands for its files, and
+# `env` for `env_axes` and the other parts that it is cut into.
 FLOORS = {
     0: "errors records tree match transform order explain state rows schedules groups"
-    " permutation",
-    1: "_torch env env_axes env_detect env_device loader comm rng storage deferred",
+    " permutation dtypes",
+    1: "_torch env loader comm rng storage deferred",
     2: "engines saves",
     3: "passes",
     4: "run",
@@ -26,6 +27,12 @@ FILES = {
 def module_of(file):
     """`passes/clip.py` -> `passes.clip`; a folder's `__init__` is the folder."""
     return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def floor_of(module):
+    """The floor that a file, by its dotted name, stands on; None if it has none."""
+    first = module.partition(".")[0]
+    return FLOOR_OF.get(first, FLOOR_OF.get(first.partition("_")[0]))
 
 
 MODULES = {module_of(file) for file in FILES}

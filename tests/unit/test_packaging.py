@@ -1,0 +1,77 @@
+"""The pins that the scripts install fit the ranges that the package declares."""
+
+import re
+import subprocess
+import tomllib
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.unit.source import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def pins(file):
+    """name -> version of a requirements file and of those it includes."""
+    found = {}
+    for line in (ROOT / file).read_text().splitlines():
+        if line.startswith("-r "):
+            found |= pins(line.removeprefix("-r ").strip())
+        elif line and not line.startswith("#"):
+            name, version = line.split("==")
+            found[canonicalize_name(name)] = version
+    return found
+
+
+def declared(*extras):
+    """The requirements of the package and of some extras, extras of extras included."""
+    todo = [*PROJECT["dependencies"], *(line for e in extras for line in EXTRAS[e])]
+    for line in todo:
+        requirement = Requirement(line)
+        if requirement.name == "accelx":
+            yield from declared(*requirement.extras)
+        else:
+            yield requirement
+
+
+@pytest.mark.parametrize(
+    ("file", "extras"),
+    [
+        ("requirements.txt", []),
+        ("requirements-test.txt", ["test"]),
+        ("requirements-check.txt", ["check"]),
+    ],
+)
+def test_pins_are_within_the_declared_ranges(file, extras):
+    """Every declared requirement is pinned, to a version that it allows."""
+    pinned = pins(file)
+    for requirement in declared(*extras):
+        version = pinned.get(canonicalize_name(requirement.name))
+        assert version, f"{file} does not pin {requirement.name}"
+        assert requirement.specifier.contains(version), f"{file}: {requirement}"
+
+
+def test_every_extra_of_the_design_is_there():
+    """Each optional backend, store and sink has an extra of its own."""
+    wanted = "deepspeed xla tpu s3 gcs quant trackers test docs bench"
+    assert set(wanted.split()) <= set(EXTRAS)
+
+
+def test_no_package_index_is_named():
+    """Where packages come from is the machine's setting, not the repository's."""
+    files = [*ROOT.glob("requirements*.txt"), ROOT / "pyproject.toml"]
+    files += [ROOT / "scripts" / name for name in ("_env", "demo", "test", "check")]
+    for path in files:
+        assert not re.search(r"https?://|index-url|find-links", path.read_text()), path
+
+
+@pytest.mark.parametrize(
+    "script", ["scripts/demo", "scripts/test", "scripts/check", ".ci/run"]
+)
+def test_a_script_is_executable_and_parses(script):
+    """A script can be started by its name, and is valid shell."""
+    assert (ROOT / script).stat().st_mode & 0o111
+    subprocess.run(["bash", "-n", ROOT / script], check=True)
