@@ -1,10 +1,17 @@
 """Every private or version-dependent name of torch that accelx uses, one function each."""
 
+# Private names are what this file is for.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
+import inspect
+import socket
+from datetime import timedelta
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 def storage_id(tensor: Tensor) -> int:
@@ -17,3 +24,92 @@ def default_store() -> Any:
     from torch.distributed import distributed_c10d
 
     return distributed_c10d._get_default_store()
+
+
+def scale_(tensors: list[Tensor], factor: Tensor | float) -> None:
+    """Multiply many tensors in place, in few kernels."""
+    torch._foreach_mul_(tensors, factor)  # type: ignore[reportArgumentType]
+
+
+def norms(tensors: list[Tensor]) -> list[Tensor]:
+    """The 2-norm of each tensor, in few kernels."""
+    return list(torch._foreach_norm(tensors, 2.0))
+
+
+def clamp_(tensors: list[Tensor], limit: float) -> None:
+    """Clamp many tensors to [-limit, limit] in place, in few kernels."""
+    torch._foreach_clamp_min_(tensors, -limit)
+    torch._foreach_clamp_max_(tensors, limit)
+
+
+def ddp(model: nn.Module, find_unused: bool) -> Any:
+    """A DistributedDataParallel over `model` that leaves buffers alone in forward."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    # 2.13 renamed the option and warns about its old name
+    new = "forward_sync_buffers" in known
+    buffers = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+    return DistributedDataParallel(
+        model,
+        find_unused_parameters=find_unused,
+        gradient_as_bucket_view=True,
+        **buffers,  # type: ignore[reportArgumentType]
+    )
+
+
+def ddp_before(ddp: Any, args: Any, kwargs: Any) -> Any:
+    """What a DistributedDataParallel does ahead of its module's forward."""
+    return ddp._pre_forward(*args, **kwargs)
+
+
+def ddp_behind(ddp: Any, output: Any) -> Any:
+    """What a DistributedDataParallel does after its module's forward."""
+    return ddp._post_forward(output)
+
+
+def fsdp_modules(model: nn.Module) -> list[Any]:
+    """The submodules, and `model`, that fully_shard was called on."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return [m for m in model.modules() if isinstance(m, FSDPModule)]
+
+
+def prefixed(prefix: str, store: Any) -> Any:
+    """A view of `store` that puts `prefix` before each key."""
+    from torch.distributed import PrefixStore
+
+    return PrefixStore(prefix, store)
+
+
+def rendezvous(url: str, rank: int, world: int, timeout: timedelta | None) -> Any:
+    """The store at `url`; rank 0 serves it unless a launcher does."""
+    from torch.distributed.rendezvous import rendezvous as meet
+
+    wait = {} if timeout is None else {"timeout": timeout}
+    store, _, _ = next(meet(url, rank, world, **wait))
+    return store
+
+
+def loopback_store(port: int, world: int, timeout: timedelta | None) -> Any:
+    """A store served on 127.0.0.1 alone: by itself torch listens on every interface."""
+    from torch.distributed import TCPStore
+
+    listener = socket.create_server(("127.0.0.1", port), backlog=2048)
+    wait = {} if timeout is None else {"timeout": timeout}
+    return TCPStore(
+        "127.0.0.1",
+        port,
+        world,
+        is_master=True,
+        multi_tenant=False,
+        master_listen_fd=listener.detach(),
+        **wait,
+    )
+
+
+def store_errors() -> tuple[type[Exception], ...]:
+    """What a store raises when the one that serves it is gone."""
+    from torch.distributed import DistNetworkError, DistStoreError
+
+    return DistNetworkError, DistStoreError

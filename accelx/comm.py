@@ -1,4 +1,4 @@
-"""What ranks tell one another: collectives over nested trees, as functions of an Env."""
+"""What ranks tell one another: collectives over trees, as functions of an Env."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import sys
 import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import attrs
 
@@ -32,16 +33,16 @@ def connect(
     backend: str | None = None,
     timeout: float | None = None,
 ) -> Env:
-    """Join this process to the other ranks; the Env that comes back says where it stands.
+    """Join this process to the other ranks; the Env returned says where it stands.
 
     `env` is by default what `detect` finds in the environment. `axes` names the axes of
-    the mesh: `"replicate=2,shard=-1"`, a mapping, or a tuple of Axis; by default one axis
-    "data". `device` and `backend` are by default the best that this machine has.
+    the mesh: `"replicate=2,shard=-1"`, a mapping, or a tuple of Axis; by default one
+    axis "data". `device` and `backend` are by default the best that this machine has.
     `timeout` in seconds is how long a collective may wait.
 
     Effects: sets torch's current device; with several ranks opens torch's process group
     (or takes the one that is open, if it has as many ranks) and closes it at exit. One
-    process opens none. Writes no environment variable. Calling it again changes nothing.
+    process opens none. Writes no environment variable. Again is the same as once.
     Raises ValueError for axes that do not multiply to the world.
     """
     env = detect(os.environ) if env is None else env
@@ -51,7 +52,8 @@ def connect(
     set_device(env.device)
     if env.world == 1:
         return env
-    env = attrs.evolve(env, backend=backend or env.backend or choose_backend(env.device))
+    backend = backend or env.backend or choose_backend(env.device)
+    env = attrs.evolve(env, backend=backend)
     _join(env, timeout)
     if len(env.axes) > 1:  # its groups are made together, so not at a random moment
         from accelx.comm import mesh
@@ -101,25 +103,38 @@ def _check_open(env: Env) -> None:
 def _store(env: Env, limit: timedelta | None) -> Any:
     """The store that the ranks meet in, under a prefix of this opening.
 
-    Without it a second opening over the same store would read the addresses of the first.
+    Without it a second opening over the same store would read the first one's addresses.
     """
-    from torch.distributed import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
+    from accelx._torch import prefixed, rendezvous
 
     if env.rendezvous is None:
         raise CollectiveError(
-            f"connect wants to know where the {env.world} ranks meet, but the Env has no "
-            'rendezvous; write Env(..., rendezvous="tcp://host:port")'
+            f"connect wants to know where the {env.world} ranks meet, but the Env has "
+            'no rendezvous; write Env(..., rendezvous="tcp://host:port")'
         )
-    wait = {} if limit is None else {"timeout": limit}
-    store, _, _ = next(rendezvous(env.rendezvous, env.rank, env.world, **wait))
+    store = _own_store(env, limit)
+    if store is None:
+        store = rendezvous(env.rendezvous, env.rank, env.world, limit)
     attempt = env.rendezvous.partition("?attempt=")[2] or "0"
     opening = store.add(f"accelx/{attempt}/{env.rank}", 1)
-    return PrefixStore(f"accelx/{attempt}/{opening}", store)
+    return prefixed(f"accelx/{attempt}/{opening}", store)
+
+
+def _own_store(env: Env, limit: timedelta | None) -> Any:
+    """The server of ranks that meet on this machine, which torch would open to all."""
+    where = urlsplit(env.rendezvous)
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not env.main or where.hostname != "127.0.0.1" or served:
+        return None
+    if where.scheme != "tcp" or sys.platform == "win32":
+        return None
+    from accelx._torch import loopback_store
+
+    return loopback_store(where.port or 0, env.world, limit)
 
 
 def _meet(env: Env) -> None:
-    """Wait until every rank is connected, or one that leaves at once breaks the others."""
+    """Wait until all are connected: one that leaves at once would break the others."""
     from accelx._torch import default_store
 
     store = default_store()
@@ -153,10 +168,8 @@ def _failing() -> bool:
 
 
 def _say_goodbye(env: Env) -> None:
-    """The rank that serves the store leaves last, so that nobody talks to a closed one."""
-    from torch.distributed import DistError
-
-    from accelx._torch import default_store
+    """The rank that serves the store leaves last: nobody talks to a closed one."""
+    from accelx._torch import default_store, store_errors
 
     if not (env.rendezvous or "").startswith("tcp://"):
         return
@@ -167,5 +180,5 @@ def _say_goodbye(env: Env) -> None:
         while env.main and left < env.world and time.monotonic() < deadline:
             time.sleep(0.002)
             left = store.add("accelx/left", 0)
-    except DistError:  # the store went with its rank or launcher, who failed
+    except store_errors():  # the store went with its rank or launcher, who failed
         return
