@@ -1,14 +1,16 @@
 """The pins that the scripts install fit the ranges that the package declares."""
 
+import ast
 import re
 import subprocess
+import sys
 import tomllib
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.unit.source import ROOT
+from tests.unit.source import ROOT, imports
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -52,6 +54,20 @@ def test_pins_are_within_the_declared_ranges(file, extras):
         version = pinned.get(canonicalize_name(requirement.name))
         assert version, f"{file} does not pin {requirement.name}"
         assert requirement.specifier.contains(version), f"{file}: {requirement}"
+
+
+def test_the_test_extra_is_what_the_tests_import():
+    """Whoever installs accelx[test] can run every test and every example."""
+    files = [p for f in ("tests", "examples") for p in (ROOT / f).rglob("*.py")]
+    names = {
+        name.partition(".")[0]
+        for path in files
+        for _, name in imports(ast.parse(path.read_text()), path.name)
+    }
+    installed = {canonicalize_name(r.name).replace("-", "_") for r in declared("test")}
+    installed |= {"sklearn"} if "scikit_learn" in installed else set()
+    here = {"accelx", "tests", *(path.stem for path in files)}
+    assert not names - {*sys.stdlib_module_names, *installed, *here}
 
 
 def test_every_extra_of_the_design_is_there():
