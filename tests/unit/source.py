@@ -7,7 +7,7 @@ from pathlib import Path
 # `env` for `env_axes` and the other parts that it is cut into.
 FLOORS = {
     0: "errors records tree match transform order explain state rows schedules groups"
-    " permutation dtypes",
+    " permutation dtypes cut",
     1: "_torch env loader comm rng storage deferred",
     2: "engines saves",
     3: "passes",
