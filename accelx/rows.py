@@ -43,7 +43,7 @@ def stamp(batch: B, record: Rows) -> B:
         raise DataError(
             "a batch must hold a tensor to say that its row is only a placeholder, got "
             f"{type(batch).__name__} without one on a rank that has none of the "
-            f"{record.total} rows; return a tensor (such as the index) from collate_fn, "
+            f"{record.total} rows; return a tensor (such as an index) from collate_fn, "
             "or use drop_last=True with a batch_size of at least the number of ranks"
         )
     return batch
