@@ -1,27 +1,117 @@
-"""What ranks tell one another: collectives over trees, as functions of an Env."""
+"""What ranks tell one another, and who waits for whom, as functions of an Env."""
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+import pickle
+import traceback
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
+import attrs
+
+from accelx.comm_split import split
+from accelx.comm_trees import broadcast, gather, gather_objects, pad, reduce
+from accelx.comm_wire import dist, exchange, group, together
 from accelx.errors import CollectiveError
+from accelx.records import Env
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
 
-    from accelx.records import Axis, Env
+    from accelx.records import Axis
+
+__all__ = [
+    "barrier",
+    "broadcast",
+    "forget_meshes",
+    "gather",
+    "gather_objects",
+    "main_first",
+    "mesh",
+    "on_main",
+    "pad",
+    "reduce",
+    "split",
+    "sum_scalars",
+]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def barrier(env: Env) -> None:
+    """Wait here until every rank is here."""
+    exchange(env, "barrier", None)
+
+
+@contextmanager
+def main_first(env: Env) -> Generator[None]:
+    """`with main_first(env):` runs the body on rank 0, and then on the others.
+
+    For a download or a cache that rank 0 fills. If it fails on rank 0, the others raise
+    the same in place of running it. They wait as long as a collective may take.
+    """
+    together(env, "main_first")
+    if not env.main:
+        failure = exchange(env, "main_first", None)[0]
+        if failure is not None:
+            raise failure
+        yield
+        return
+    try:
+        yield
+    except BaseException as error:
+        exchange(env, "main_first", _sendable(error))
+        raise
+    exchange(env, "main_first", None)
+
+
+def _sendable(error: BaseException) -> BaseException:
+    """The error itself if it survives pickle, or else what it says."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever a user's own exception raises there
+        said = "".join(traceback.format_exception(error))
+        return CollectiveError(f"main_first wants rank 0 to succeed, but:\n{said}")
+    return error
+
+
+def on_main(
+    env: Env, fn: Callable[Concatenate[Env, P], T], *args: P.args, **kwargs: P.kwargs
+) -> T | None:
+    """`fn(env, *args, **kwargs)` on rank 0, and None at once on the others.
+
+    The Env that `fn` gets is alone: a collective with it raises CollectiveError, where
+    it would wait for ever. One process is no exception.
+    """
+    if not env.main:
+        return None
+    return fn(attrs.evolve(env, alone=True), *args, **kwargs)
+
+
+def sum_scalars(env: Env, tensor: Tensor, async_op: bool = False) -> Any:
+    """Add a small tensor over all ranks, in place; a handle to wait for, or None.
+
+    For the training step: no check, so every rank must bring the same shape and dtype.
+    """
+    if env.alone:
+        together(env, "sum_scalars")
+    if env.world == 1:
+        return None
+    return dist().all_reduce(tensor, async_op=async_op)
 
 
 def mesh(env: Env) -> DeviceMesh:
-    """The ranks laid out on `env.axes`: one and the same mesh each time it is asked for.
+    """The ranks laid out on `env.axes`: one and the same mesh each time it is asked.
 
-    Every rank must ask, the first time. Raises CollectiveError where there is no group.
+    With several axes every rank must ask, the first time; `connect` has done so.
+    Raises CollectiveError where there is no group: one process alone needs no mesh.
     """
-    _together(env, "mesh")
-    group = _group(env, "mesh")
-    return _mesh(env.axes, env.device.partition(":")[0], group)
+    together(env, "mesh")
+    return _mesh(env.axes, env.device.partition(":")[0], group(env, "mesh"))
 
 
 @functools.cache  # DTensor and FSDP2 compare meshes by identity
@@ -36,38 +126,3 @@ def _mesh(axes: tuple[Axis, ...], kind: str, group: object) -> DeviceMesh:
 def forget_meshes() -> None:
     """Drop the meshes that were made: their group is being closed."""
     _mesh.cache_clear()
-
-
-def sum_scalars(env: Env, tensor: Tensor, async_op: bool = False) -> Any:
-    """Add a small tensor over all ranks, in place; returns a handle to wait for, or None.
-
-    For the training step: no check, so every rank must bring the same shape and dtype.
-    """
-    import torch.distributed as dist
-
-    if env.alone:
-        _together(env, "sum_scalars")
-    if env.world == 1:
-        return None
-    return dist.all_reduce(tensor, async_op=async_op)
-
-
-def _together(env: Env, name: str) -> None:
-    if env.alone:
-        raise CollectiveError(
-            f"{name} wants every rank, but this is inside on_main, where rank {env.rank} "
-            f"is alone and would wait for ever; call {name} before or after on_main, "
-            "and pass its result in"
-        )
-
-
-def _group(env: Env, name: str) -> object:
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        raise CollectiveError(
-            f"{name} wants a process group, but rank {env.rank} of {env.world} has none "
-            "open; with several ranks write env = accelx.connect() first, "
-            "and one process alone needs no mesh"
-        )
-    return dist.group.WORLD

@@ -103,7 +103,7 @@ def _check_open(env: Env) -> None:
 def _store(env: Env, limit: timedelta | None) -> Any:
     """The store that the ranks meet in, under a prefix of this opening.
 
-    Without it a second opening over the same store would read the first one's addresses.
+    Without it a second opening over the same store would read the first's addresses.
     """
     from accelx._torch import prefixed, rendezvous
 

