@@ -1,0 +1,122 @@
+"""How a placed model is copied: rebuilt from a blueprint, placed again, filled."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from accelx.engines.placed import Placed, blueprint
+from accelx.errors import PlacementError
+
+if TYPE_CHECKING:
+    from accelx.state import State
+
+Again = Callable[[Placed, nn.Module, nn.Module], Placed]  # old, blank copy, source
+
+
+def from_main(tensor: Tensor) -> None:
+    """Overwrite `tensor` with rank 0's, in place."""
+    import torch.distributed as dist
+
+    if tensor.numel():
+        data = tensor.detach()
+        whole = data if data.is_contiguous() else data.contiguous()
+        dist.broadcast(whole, src=0)
+        if whole is not data:
+            data.copy_(whole)
+
+
+def try_blueprint(model: nn.Module) -> nn.Module | Exception:
+    """A blueprint, or why there is none: only `fork` needs it."""
+    try:
+        return blueprint(model)
+    except (TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
+        return error
+
+
+def forker(blank: nn.Module | Exception, again: Again) -> Callable[[State], State]:
+    """A function that forks a state whose model was placed; `again` places the copy."""
+
+    def fork(state: State) -> State:
+        if isinstance(blank, Exception):
+            raise PlacementError(
+                f"fork wants to copy this {type(state.model).__name__}, but copying it "
+                f"fails with {type(blank).__name__}: {blank}; leave out of the module "
+                "what cannot be copied (locks, files, generators)"
+            ) from blank
+        old: Placed = state.slots["shard_model"]
+        old.rest()
+        return _carried(state, again(old, copy.deepcopy(blank), state.model))
+
+    return fork
+
+
+def fill(model: nn.Module, source: nn.Module) -> None:
+    """Give the blank `model` clones of the tensors of `source`, ties kept."""
+    ours: dict[int, Any] = {}
+    for name, theirs in tensors(source):
+        if id(theirs) not in ours:
+            data = theirs.detach().clone()
+            weight = isinstance(theirs, nn.Parameter)
+            ours[id(theirs)] = nn.Parameter(data, theirs.requires_grad) if weight else data
+        put(model, name, ours[id(theirs)])
+    model.train(source.training)
+
+
+def empty(model: nn.Module) -> None:
+    """Put every weight and buffer of `model` on the meta device, ties kept."""
+    ours: dict[int, Any] = {}
+    for name, theirs in tensors(model):
+        if id(theirs) not in ours:
+            data = torch.empty_like(theirs, device="meta")
+            weight = isinstance(theirs, nn.Parameter)
+            ours[id(theirs)] = nn.Parameter(data, theirs.requires_grad) if weight else data
+        put(model, name, ours[id(theirs)])
+
+
+def tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Every weight and buffer under every name that it has."""
+    params = model.named_parameters(remove_duplicate=False)
+    return [*params, *model.named_buffers(remove_duplicate=False)]
+
+
+def get(model: nn.Module, name: str) -> Any:
+    """The weight or buffer called `name`."""
+    module, leaf = _owner(model, name)
+    return getattr(module, leaf)
+
+
+def put(model: nn.Module, name: str, tensor: Any) -> None:
+    """Make `tensor` the weight or buffer called `name`."""
+    module, leaf = _owner(model, name)
+    setattr(module, leaf, tensor)
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    module, _, leaf = name.rpartition(".")
+    return model.get_submodule(module), leaf
+
+
+def _carried(state: State, placed: Placed) -> State:
+    """A state like `state` around the copy, with optimizers and slots copied over."""
+    memo: dict[int, Any] = {id(state.model): placed.model}
+    pairs = zip(state.model.parameters(), placed.model.parameters(), strict=True)
+    for theirs, ours in pairs:
+        memo[id(theirs)] = ours
+        if theirs.grad is not None:
+            ours.grad = theirs.grad.detach().clone()
+    rest = {k: v for k, v in state.slots.items() if k != "shard_model"}
+    with torch.no_grad():
+        optimizers, slots = copy.deepcopy((state.optimizers, rest), memo)
+    return attrs.evolve(
+        state,
+        model=placed.model,
+        optimizers=optimizers,
+        slots=MappingProxyType({**slots, "shard_model": placed}),
+    )

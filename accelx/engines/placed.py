@@ -1,0 +1,149 @@
+"""What placing a model leaves behind, and what must hold before and after it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from accelx.engines import plain
+from accelx.errors import NeutralityWarning, PlacementError, UnusedParameterError
+from accelx.match import Selector
+from accelx.records import Engine, Env, Precision
+
+if TYPE_CHECKING:
+    from accelx.state import State
+
+
+@attrs.frozen
+class Plan:
+    """How a model is to be placed."""
+
+    env: Env
+    blocks: Selector | tuple[Selector, ...] | None
+    unused: str  # "error" or "allow"
+    precision: Precision | None
+
+
+@attrs.frozen(eq=False)
+class Placed:
+    """The slot "shard_model": the engine, and what it needs at each step."""
+
+    engine: Engine
+    env: Env
+    model: nn.Module
+    handle: Any = None  # the engine's own object
+    trainable: tuple[tuple[str, Any], ...] = ()
+    drifting: tuple[Tensor, ...] = ()  # buffers that each rank updates from its own rows
+    unused: str = "error"
+    fork: Callable[[State], State] | None = None
+    rest: Callable[[], None] = lambda: None  # make parameters what optimizers see
+
+
+def engine_of(state: State) -> Engine:
+    """The engine of a state; the plain one where no pass has placed the model."""
+    placed = state.slots.get("shard_model")
+    return plain.ENGINE if placed is None else placed.engine
+
+
+def claim(model: nn.Module, env: Env) -> None:
+    """Refuse a module that is placed already, or whose weights are nowhere to be had."""
+    if model.__dict__.get("_accelx_placed") == id(model):
+        raise PlacementError(
+            f"this {type(model).__name__} has been placed already, and placing changes it "
+            "in place; make a new module, or copy a state with ax.fork(state)"
+        )
+    devices = {p.device for p in model.parameters()}
+    if torch.device("meta") in devices:
+        raise PlacementError(
+            f"the weights of this {type(model).__name__} are on the meta device, so there "
+            "are no numbers to place; give the function that makes it: "
+            f"lambda: {type(model).__name__}(...)"
+        )
+    wrong = sorted(str(d) for d in devices if d.type != "cpu" and str(d) != env.device)
+    if wrong:
+        raise PlacementError(
+            f"this rank's device is {env.device}, but the {type(model).__name__} has "
+            f"weights on {', '.join(wrong)}; leave it on the CPU and accelx moves it"
+        )
+
+
+def seal(model: nn.Module) -> None:
+    """Mark `model` as placed. The mark holds for this object, not for copies of it."""
+    object.__setattr__(model, "_accelx_placed", id(model))
+
+
+def blueprint(model: nn.Module) -> nn.Module:
+    """A copy of `model` without data: its tensors are on the meta device, ties kept."""
+    memo: dict[int, Any] = {}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+    for b in model.buffers():
+        memo[id(b)] = torch.empty_like(b, device="meta")
+    return copy.deepcopy(model, memo)
+
+
+def drifting(model: nn.Module, env: Env) -> tuple[Tensor, ...]:
+    """Running statistics, which each rank takes from its own rows; warns about them."""
+    names = [n for n, m in model.named_modules() if _drifts(m)]
+    if names and env.world > 1:
+        warnings.warn(
+            f"{', '.join(names[:5])} normalise over the rows of one rank, so numbers "
+            f"depend on the {env.world} ranks; running statistics are averaged at each "
+            "step. Write GroupNorm or LayerNorm, or on GPUs "
+            "torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)",
+            NeutralityWarning,
+            stacklevel=2,
+        )
+    return statistics(model)
+
+
+def statistics(model: nn.Module) -> tuple[Tensor, ...]:
+    """Buffers of running statistics."""
+    inside = [m for m in model.modules() if _drifts(m)]
+    return tuple(
+        b for m in inside for b in m.buffers(recurse=False) if b.is_floating_point()
+    )
+
+
+def _drifts(module: nn.Module) -> bool:
+    tracks = bool(getattr(module, "track_running_stats", False))
+    return tracks and not isinstance(module, nn.SyncBatchNorm)
+
+
+def average(buffers: tuple[Tensor, ...], env: Env) -> None:
+    """Take the mean of `buffers` over ranks, in one collective."""
+    if not buffers:
+        return
+    import torch.distributed as dist
+
+    flat = torch.cat([b.detach().double().flatten() for b in buffers])
+    dist.all_reduce(flat)
+    flat /= env.world
+    for b, new in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        b.copy_(new.view_as(b))
+
+
+def all_used(placed: Placed) -> None:
+    """Raise UnusedParameterError with the names of parameters without a gradient."""
+    if placed.unused != "error":
+        return
+    missing = [n for n, p in placed.trainable if p.grad is None]
+    if missing:
+        raise unused(missing, placed)
+
+
+def unused(names: list[str], placed: Placed) -> UnusedParameterError:
+    """The error that says which parameters got no gradient, and what to do."""
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
+    return UnusedParameterError(
+        f"{len(names)} trainable parameter{'s' * (len(names) > 1)} got no gradient on rank "
+        f"{placed.env.rank}: {shown}. Use them in the loss, or freeze them "
+        "(parameter.requires_grad_(False)), or write "
+        f'shard_model(env, "{placed.engine.name}", unused="allow")'
+    )

@@ -1,0 +1,118 @@
+"""A whole copy of the model on every rank; gradients are averaged as they come (DDP)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import attrs
+from torch import Tensor, nn
+
+from accelx import _torch, dtypes
+from accelx.engines import copies, placed, plain
+from accelx.engines.placed import Placed, Plan
+from accelx.errors import PrecisionError
+from accelx.records import Engine
+from accelx.state import trainable
+
+if TYPE_CHECKING:
+    from accelx.state import State
+
+
+def place(model: nn.Module, plan: Plan) -> Placed:
+    """Put rank 0's weights and buffers on every rank and hook DDP into `model`.
+
+    Effects: two collectives; `model` keeps its object, class and names (L8).
+    """
+    reduce, param = (plan.precision or dtypes.PRESETS["fp32"]).reduce, "fp32"
+    if plan.precision and reduce and reduce != (plan.precision.param or param):
+        raise PrecisionError(
+            f"ddp reduces gradients in the dtype of the weights, but {plan.precision!r} "
+            f'asks for reduce={reduce!r}; leave reduce out, or write "fsdp2"'
+        )
+    model.to(plan.env.device)
+    dtypes.cast(model, plan.precision)
+    result = Placed(
+        ENGINE,
+        plan.env,
+        model,
+        trainable=tuple(trainable(model)),
+        drifting=placed.drifting(model, plan.env),
+        unused=plan.unused,
+    )
+    return hooked(result, blank=copies.try_blueprint(model))
+
+
+def hooked(result: Placed, blank: Any) -> Placed:
+    """`result` with DDP made and its two halves hooked around the model's forward."""
+    model = result.model
+    if not result.trainable:  # DDP refuses a model with nothing to reduce
+        for tensor in (*model.parameters(), *model.buffers()):
+            copies.from_main(tensor)
+        return attrs.evolve(result, engine=plain.ENGINE)
+    ddp = _torch.ddp(model, find_unused=result.unused == "allow")
+    result = attrs.evolve(result, handle=ddp, fork=copies.forker(blank, _again))
+
+    def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        return _naming(result, _torch.ddp_before, ddp, args, kwargs)
+
+    def behind(_: nn.Module, args: Any, output: Any) -> Any:
+        return _naming(result, _torch.ddp_behind, ddp, output)
+
+    model.register_forward_pre_hook(before, with_kwargs=True)
+    model.register_forward_hook(behind)
+    return result
+
+
+def _again(old: Placed, model: nn.Module, source: nn.Module) -> Placed:
+    """Place a copy, whose weights need not be sent."""
+    copies.fill(model, source)
+    fresh = attrs.evolve(
+        old,
+        model=model,
+        trainable=tuple(trainable(model)),
+        drifting=placed.statistics(model) if old.drifting else (),
+    )
+    return hooked(fresh, blank=copies.try_blueprint(model))
+
+
+def _naming(result: Placed, half: Any, *args: Any) -> Any:
+    """DDP's complaint about missing gradients, with names for its indices."""
+    try:
+        return half(*args)
+    except RuntimeError as error:
+        found = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+        if found is None:
+            raise
+        names = [result.trainable[int(i)][0] for i in found[1].split()]
+        raise placed.unused(names, result) from error
+
+
+def backward(state: State, loss: Tensor, scale: float) -> None:
+    """DDP takes the mean over ranks: times their number it is the sum."""
+    plain.backward(state, loss, scale * state.slots["shard_model"].env.world)
+
+
+def settle(state: State, scale: Tensor | float) -> None:
+    """Check that every parameter took part, average statistics, multiply by `scale`."""
+    here: Placed = state.slots["shard_model"]
+    placed.all_used(here)
+    placed.average(here.drifting, here.env)
+    plain.settle(state, scale)
+
+
+@contextmanager
+def quiet(state: State) -> Iterator[None]:
+    """No reduction for the forward and backward passes inside."""
+    ddp = state.slots["shard_model"].handle
+    loud = ddp.require_backward_grad_sync
+    ddp.require_backward_grad_sync = False
+    try:
+        yield
+    finally:
+        ddp.require_backward_grad_sync = loud
+
+
+ENGINE = Engine("ddp", backward, settle, plain.update, plain.clip, quiet)

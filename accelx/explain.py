@@ -1,0 +1,44 @@
+"""A chain as a table that a person reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+
+from accelx.records import Pass, Transform
+
+ARROWS = ("place", "start", "feed", "forward", "backward", "before", "after")
+_HEADS = ("pass", "acts on", "neutral", "settings")
+
+
+@attrs.frozen(repr=False)
+class Explained:
+    """The plan of a transform: rows of (pass, acts on, neutral, settings)."""
+
+    rows: tuple[tuple[str, str, str, str], ...]
+
+    def __repr__(self) -> str:
+        table = (_HEADS, *self.rows)
+        widths = [max(len(row[i]) for row in table) for i in range(3)]
+        lines = [
+            "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]])
+            for row in table
+        ]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def explain(tx: Transform) -> Explained:
+    """Every pass in order, when it acts, whether it is neutral (L4), and its settings.
+
+    A pass that the engine does itself is listed as absorbed. Pure: starts nothing.
+    """
+    engine = next((p.spec.engine for p in tx if hasattr(p.spec, "engine")), None)
+    return Explained(tuple(_row(one, engine) for one in tx))
+
+
+def _row(one: Pass, engine: Any) -> tuple[str, str, str, str]:
+    stages = ", ".join(a for a in ARROWS if getattr(one, a) is not None)
+    if engine is not None and one.name in engine.handles:
+        stages = f"absorbed by {engine.name}"
+    return one.name, stages, "yes" if one.neutral else "no", repr(one.spec)

@@ -1,0 +1,225 @@
+"""How a loss becomes whole gradients: one mean over every microbatch and every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from accelx import comm, tree
+from accelx.cut import Args, mean_of, rows_in
+from accelx.engines.placed import engine_of
+from accelx.errors import LossError
+from accelx.records import Env, Loss, Mean, Out, Transform
+from accelx.state import State
+
+Grads = Callable[..., tuple[State, Out]]
+_ALONE = Env()
+
+
+def pipeline(tx: Transform, loss: Loss) -> Grads:
+    """(State, *args) -> (State, Out) that adds the whole gradient to the parameters'.
+
+    What the engine of the state handles itself is left out of the run.
+    """
+    made: dict[frozenset[str], Grads] = {}
+
+    def grads(state: State, *args: Any) -> tuple[State, Out]:
+        handled = engine_of(state).handles
+        if handled not in made:
+            made[handled] = _composed(tx, loss, handled)
+        return made[handled](state, *args)
+
+    return grads
+
+
+def _composed(tx: Transform, loss: Loss, handled: frozenset[str]) -> Grads:
+    active = [p for p in tx if p.name not in handled]
+    for one in active:
+        if one.forward is not None:
+            loss = one.forward(loss)
+    grads = _local(loss)
+    for one in active:
+        if one.backward is not None:
+            grads = one.backward(grads)
+    return _whole(grads)
+
+
+def env_of(state: State) -> Env:
+    """The Env that the model of `state` was placed on."""
+    placed = state.slots.get("shard_model")
+    return _ALONE if placed is None else placed.env
+
+
+def _local(loss: Loss) -> Grads:
+    """Forward and backward of one microbatch on this rank; nothing is divided yet.
+
+    Gradients come out as of the total over all rows, divided by what `_unit` says.
+    """
+
+    def local(state: State, *args: Any) -> tuple[State, Out]:
+        rows = rows_in(args, env_of(state).world)
+        value, aux = read(loss(state.model, *args))
+        scale = _loss_scale(state) / _unit(rows.total)
+        engine = engine_of(state)
+        if isinstance(value, Mean):
+            total = _as_total(value)
+            if not rows.rows:  # a placeholder takes part, and counts for nothing
+                engine.backward(state, total, 0.0)
+                none = Mean(torch.zeros_like(total), 0)
+                return state, Out(none, 0, aux=_empty(aux))
+            engine.backward(state, total, scale)
+            kept = Mean(total.detach(), _detached(value.weight))
+            return state, Out(kept, kept.weight, aux=aux)
+        engine.backward(state, value, scale * rows.rows)
+        aux = aux if rows.rows else _empty(aux)
+        return state, Out(value.detach(), rows.rows, aux=aux)
+
+    return local
+
+
+def _unit(total: int) -> float:
+    """What gradients are divided by ahead of time: the batch's rows where all know them.
+
+    So that a mean over rows needs no second look at the gradients, and sums over tokens
+    stay of the size of means, which half precision asks for.
+    """
+    return float(total or 1)
+
+
+def _loss_scale(state: State) -> float:
+    slot = state.slots.get("loss_scale")
+    return 1.0 if slot is None else slot.scale
+
+
+def read(result: Any) -> tuple[Tensor | Mean, Any]:
+    """What a loss function returned, as (loss, aux). Raises LossError for no scalar."""
+    aux = None
+    if isinstance(result, tuple) and len(result) == 2:  # type: ignore[reportUnknownArgumentType]
+        result, aux = result  # type: ignore[reportUnknownVariableType]
+    if isinstance(result, Mean):
+        return result, _aux(aux)
+    if not isinstance(result, Tensor):
+        raise LossError(
+            "the loss function wants to return a scalar tensor, ax.Mean(total, weight), or "
+            f"(either, aux), got {type(result).__name__}; write `return loss`"  # type: ignore[reportUnknownArgumentType]
+        )
+    if result.dim():
+        raise LossError(
+            f"the loss wants to be a scalar, got a tensor of shape {tuple(result.shape)}; "
+            "write loss.mean() for a mean over rows, or ax.Mean(loss.sum(), loss.numel())"
+        )
+    return result, _aux(aux)
+
+
+def _aux(aux: Any) -> Any:
+    if aux is None:
+        return None
+    return tree.map_leaves(_detached, aux)
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+
+def _as_total(mean: Mean) -> Tensor:
+    total = mean.total
+    if not isinstance(total, Tensor) or total.dim():
+        shape = tuple(total.shape) if isinstance(total, Tensor) else type(total).__name__
+        raise LossError(
+            f"the total of a Mean wants to be a scalar tensor, got {shape}; "
+            "write ax.Mean(losses.sum(), mask.sum())"
+        )
+    return total
+
+
+def _empty(aux: Any) -> Any:
+    """The aux of a placeholder: Means of nothing, tensors without rows."""
+
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, Mean):
+            return Mean(torch.as_tensor(leaf.total) * 0, 0)
+        return leaf[:0] if isinstance(leaf, Tensor) and leaf.dim() else leaf
+
+    return None if aux is None else tree.map_leaves(one, aux, _is_mean)
+
+
+def _is_mean(node: Any) -> bool:
+    return isinstance(node, Mean)
+
+
+def _whole(grads: Grads) -> Grads:
+    """Reduce weights, losses and aux over ranks at once, then make gradients whole."""
+
+    def whole(state: State, *args: Any) -> tuple[State, Out]:
+        earlier = _set_aside(state)
+        state, out = grads(state, *args)
+        env = env_of(state)
+        total = rows_in(args, env.world).total
+        known = total > 0 and not isinstance(out.loss, Mean)
+        if env.world == 1 and known:
+            scale: Any = 1.0 / _loss_scale(state)
+        else:
+            out, weight = _reduced(env, out)
+            if not known and not weight:
+                out = attrs.evolve(out, skipped="no row or token has a weight")
+                weight = 1.0
+            unit = _unit(total)
+            scale = (1.0 if known else unit / weight) / _loss_scale(state)
+        engine_of(state).settle(state, scale)
+        _put_back(earlier)
+        return state, out
+
+    return whole
+
+
+def _reduced(env: Env, out: Out) -> tuple[Out, float]:
+    """`out` with loss, weight and every Mean of aux over all ranks; and the weight."""
+    flat = [] if out.aux is None else tree.flatten(out.aux, _is_mean)
+    means = [mean_of(out), *(leaf for _, leaf in flat if isinstance(leaf, Mean))]
+    packed = _packed(means, env)
+    comm.sum_scalars(env, packed)
+    pairs = packed.view(-1, 2).unbind()
+    rest = iter(pairs[1:])
+    aux = tree.unflatten(
+        out.aux,
+        [Mean(*next(rest)) if isinstance(leaf, Mean) else leaf for _, leaf in flat],
+        _is_mean,
+    ) if flat else out.aux
+    total, weight = pairs[0]
+    loss = (total / weight).to(_dtype(means[0].total))
+    return attrs.evolve(out, loss=loss, weight=weight, aux=aux), weight.item()
+
+
+def _packed(means: list[Mean], env: Env) -> Tensor:
+    """Totals and weights side by side, in float64 where the device has it."""
+    wide = torch.float32 if env.device.startswith("mps") else torch.float64
+    first = means[0].total
+    device = first.device if isinstance(first, Tensor) else env.device
+    each = [
+        torch.as_tensor(v, dtype=wide, device=device).reshape(())
+        for m in means
+        for v in (m.total, m.weight)
+    ]
+    return torch.stack(each)
+
+
+def _dtype(total: Any) -> torch.dtype:
+    return total.dtype if isinstance(total, Tensor) else torch.float32
+
+
+def _set_aside(state: State) -> list[tuple[Any, Tensor]]:
+    """Gradients of earlier calls: they are whole, and must not be scaled once more."""
+    earlier = [(p, p.grad) for p in state.model.parameters() if p.grad is not None]
+    kept = [(p, grad.clone()) for p, grad in earlier]
+    for p, _ in kept:
+        p.grad = None
+    return kept
+
+
+def _put_back(earlier: list[tuple[Any, Tensor]]) -> None:
+    for p, grad in earlier:
+        p.grad = grad if p.grad is None else p.grad.add_(grad)

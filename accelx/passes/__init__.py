@@ -1,0 +1,1 @@
+"""The passes that come with accelx: one a file."""

@@ -1,0 +1,56 @@
+"""One global batch in several smaller passes: less memory, the same numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+
+from accelx.records import Pass, Rules, Transform, code
+
+
+@attrs.frozen(repr=False)
+class Accumulate:
+    """Spec of accumulate."""
+
+    n: int
+
+    def __repr__(self) -> str:
+        return code("accumulate", self)
+
+
+def accumulate(n: int) -> Transform:
+    """Cut each batch into `n` microbatches and add up their gradients.
+
+    A memory dial: the step, its loss and its gradients are those of the whole batch (L4),
+    for a loss that is a mean over rows, and for a `Mean` under any mask. The batch is cut
+    along dimension 0 of its tensors and along lists with one entry a row; 0-dim tensors,
+    numbers and the like go to every microbatch. One reduction over ranks a step.
+    Raises ValueError if n < 1, DataError for a tensor that has neither the batch's rows
+    nor no dimension. Batch normalisation sees microbatches: use another normalisation.
+    """
+    if n < 1:
+        raise ValueError(f"accumulate wants at least 1 microbatch, got {n}; write 1 or more")
+
+    def backward(grads: Any) -> Any:
+        def accumulated(state: Any, *args: Any) -> tuple[Any, Any]:
+            from accelx.cut import add, cut
+            from accelx.engines.placed import engine_of
+
+            placed = state.slots.get("shard_model")
+            ranks = placed.env.world if placed is not None else 1
+            parts = cut(args, n, ranks)
+            outs = list[Any]()
+            with engine_of(state).quiet(state):
+                for part in parts[:-1]:
+                    state, out = grads(state, *part)
+                    outs.append(out)
+            state, out = grads(state, *parts[-1])
+            return state, add([*outs, out])
+
+        return accumulated if n > 1 else grads
+
+    rules = Rules(once=True, why="a batch is cut once; write accumulate(n) with their product")
+    return Transform(
+        (Pass("accumulate", Accumulate(n), backward=backward, rules=rules, neutral=True),)
+    )

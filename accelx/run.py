@@ -1,0 +1,221 @@
+"""A pipeline at work: init, feed, grads, apply, step, and a model looked at from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+import torch
+from torch import nn
+
+from accelx import gradients, tree
+from accelx.cut import mean_of, rows_in
+from accelx.engines.placed import claim, engine_of, seal
+from accelx.loader import Loader, as_loader, batches
+from accelx.optimizers import make
+from accelx.records import Loss, Mean, Out, Transform
+from accelx.state import State, spend
+
+Step = Callable[..., tuple[State, Out]]
+
+
+def init(
+    tx: Transform,
+    model: nn.Module | Callable[[], nn.Module],
+    optim: Callable[[Any], Any] | None = None,
+) -> State:
+    """Place the model, make optimizers over it, open each pass's slot: the first State.
+
+    `model` is a module or a function that makes one; `optim` maps the placed model to an
+    optimizer, or to a list of them, and is left out for a model that is not trained.
+    The model is changed in place, its object, class and names stay (L8).
+    Raises PlacementError for a module placed twice, an optimizer object in place of a
+    function, or parameters that no optimizer moves.
+    """
+    state = State(model, tx=tx)
+    for one in tx:
+        if one.place is not None:
+            state = one.place(state, tx)
+    state = _placed(state)
+    state = attrs.evolve(state, optimizers=make(optim, state.model))
+    for one in tx:
+        if one.start is not None:
+            state = one.start(state, tx)
+    return state
+
+
+def _placed(state: State) -> State:
+    """The state with a module in it also where no pass placed one."""
+    if "shard_model" in state.slots:
+        return state
+    model = state.model
+    if not isinstance(model, nn.Module):
+        model = model()
+    claim(model, gradients.env_of(state))
+    seal(model)
+    return attrs.evolve(state, model=model)
+
+
+def feed(
+    tx: Transform,
+    loader: Any,
+    start: int | State = 0,
+    stop: int | None = None,
+) -> Iterator[Any]:
+    """Batches on this rank's device, from step `start` up to `stop`, in O(1).
+
+    `loader` is a torch DataLoader over a map-style dataset, or a Loader. `start` is a
+    step, or a State, which also counts batches that a skipped update used. Without
+    `stop` the batches end with the epoch in which `start` lies; with it they go on
+    through as many epochs as it takes, each in an order of its own. The batch at step k
+    depends on the dataset, the seed and k alone (L10).
+    """
+    made: Loader = as_loader(loader)
+    for one in tx:
+        if one.feed is not None:
+            made = one.feed(made)
+    first = start.position if isinstance(start, State) else start
+    return batches(made, first, stop)
+
+
+def grads(tx: Transform, loss: Loss) -> Step:
+    """The first half of a step: (State, *args) -> (State, Out) with whole gradients.
+
+    `loss(model, *args)` returns a scalar that is a mean over rows, a Mean, or one of them
+    with aux. Gradients are added to those that the state has not applied yet, reduced
+    over ranks, unscaled and not clipped. Spends the state.
+    """
+    run = gradients.pipeline(tx, loss)
+
+    def gradients_of(state: State, *args: Any) -> tuple[State, Out]:
+        after, out = _safely(run, state, args)
+        after = attrs.evolve(after)
+        spend(state, f"grads at step {after.step}")
+        return after, out
+
+    return gradients_of
+
+
+def apply(tx: Transform) -> Step:
+    """The second half: (State, Out) -> (State, Out), clip, schedule, update. Spends it."""
+    run = _update(tx)
+
+    def applied(state: State, out: Out) -> tuple[State, Out]:
+        mine = attrs.evolve(state)
+        spend(state, f"apply at step {mine.step}")
+        return run(mine, out)
+
+    return applied
+
+
+def step(tx: Transform, loss: Loss) -> Step:
+    """A training step, (State, *args) -> (State, Out): apply after grads.
+
+    The batch in `args` is this rank's part of the global batch; `Out.loss` is the mean
+    over all of it. Spends the state: go on with the one that it returns (L7).
+    """
+    first, second = gradients.pipeline(tx, loss), _update(tx)
+
+    def stepped(state: State, *args: Any) -> tuple[State, Out]:
+        after, out = _safely(first, state, args)
+        after = attrs.evolve(after)
+        spend(state, f"step {after.step}")
+        return second(after, out)
+
+    return stepped
+
+
+def _safely(run: Step, state: State, args: tuple[Any, ...]) -> tuple[State, Out]:
+    """`run`, leaving no half of a gradient behind if it fails."""
+    try:
+        return run(state, *args)
+    except BaseException:
+        state.model.zero_grad(set_to_none=True)
+        raise
+
+
+def _update(tx: Transform) -> Step:
+    def applied(state: State, out: Out) -> tuple[State, Out]:
+        engine = engine_of(state)
+        active = [p for p in tx if p.name not in engine.handles]
+        for one in active:
+            if one.before is not None and out.skipped is None:
+                state, out = one.before(state, out)
+        if out.skipped is not None:
+            state.model.zero_grad(set_to_none=True)
+            return attrs.evolve(state, skipped=state.skipped + 1), out
+        engine.update(state)
+        state = attrs.evolve(state, step=state.step + 1)
+        out = attrs.evolve(out, stepped=True)
+        for one in active:
+            if one.after is not None:
+                state, out = one.after(state, out)
+        return state, out
+
+    return applied
+
+
+def measure(tx: Transform, fn: Loss) -> Callable[..., Any]:
+    """An evaluation step: (State, *args) -> this rank's Means, with no gradient.
+
+    `fn(model, *args)` returns a scalar that is a mean over rows, a Mean, or a tree of
+    them; the result has a Mean for each, and rows that only pad count for nothing. Add
+    them up over batches, then `reduce` over ranks: exact on any number of ranks. The
+    state is not spent, the model is in evaluation mode.
+    """
+    for one in tx:
+        if one.forward is not None:
+            fn = one.forward(fn)
+
+    def measured(state: State, *args: Any) -> Any:
+        rows = rows_in(args, gradients.env_of(state).world).rows
+        with evaluating(state) as model:
+            result = fn(model, *args)
+
+        def one(leaf: Any) -> Any:
+            mean = mean_of(Out(leaf, rows))
+            return mean if rows else Mean(torch.as_tensor(mean.total) * 0, 0)
+
+        return tree.map_leaves(one, result, lambda node: isinstance(node, Mean))
+
+    return measured
+
+
+@contextmanager
+def evaluating(state: State) -> Iterator[Any]:
+    """The model in evaluation mode, without gradients. The state is not spent."""
+    modes = {m: m.training for m in state.model.modules()}
+    state.model.eval()
+    try:
+        with torch.no_grad():
+            yield state.model
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        _rest(state)
+
+
+@contextmanager
+def frozen(state: State) -> Iterator[Any]:
+    """The model as a critic: gradients flow through it, none into it, none are reduced.
+
+    For another model's step: pass it to that step as an argument.
+    """
+    trained = [p for p in state.model.parameters() if p.requires_grad]
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        with engine_of(state).quiet(state):
+            yield state.model
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
+        _rest(state)
+
+
+def _rest(state: State) -> None:
+    placed = state.slots.get("shard_model")
+    if placed is not None:
+        placed.rest()

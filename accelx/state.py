@@ -1,0 +1,110 @@
+"""What is trained, as a value that is used once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from accelx.errors import SpentStateError
+from accelx.records import Transform
+from accelx.transform import identity
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+_NO_SLOTS: Mapping[str, Any] = MappingProxyType({})
+
+
+@attrs.frozen(eq=False, repr=False, slots=True)
+class State:
+    """Model, optimizers, step and one slot for each pass that remembers. Used once (L7).
+
+    A step spends the state that it is given and returns the next one. PyTorch updates in
+    place, so a spent state has nothing of its own left: reading it raises
+    SpentStateError. `fork` makes a second, independent one.
+    """
+
+    model: Any  # nn.Module; before it is placed, what `init` was given
+    optimizers: tuple[Any, ...] = ()
+    step: int = 0  # updates made
+    skipped: int = 0  # batches that made no update
+    slots: Mapping[str, Any] = _NO_SLOTS
+    tx: Transform = identity  # what placed it, for `fork`
+    spent: str | None = None  # what used it
+
+    @property
+    def optim(self) -> Optimizer:
+        """The optimizer, where there is exactly one."""
+        if len(self.optimizers) != 1:
+            raise ValueError(
+                f"this state has {len(self.optimizers)} optimizers, not one; "
+                "write state.optimizers[i]"
+            )
+        return self.optimizers[0]
+
+    @property
+    def position(self) -> int:
+        """Batches used so far: where the data goes on. `step`, plus what was skipped."""
+        return self.step + self.skipped
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached only for a field that `spend` took away, or a name that never was.
+        if name in _FIELDS:
+            raise SpentStateError(
+                f"wanted `.{name}` of a state that {self.spent} has already used; use the "
+                "state that it returned (`state, out = step(state, batch)`), or keep a "
+                "copy with `ax.fork(state)` before the step"
+            )
+        raise AttributeError(f"State has no attribute {name!r}")
+
+    def __repr__(self) -> str:
+        if self.spent is not None:
+            return f"State(spent by {self.spent})"
+        kinds = ", ".join(type(o).__name__ for o in self.optimizers)
+        slots = ", ".join(self.slots)
+        return (
+            f"State({type(self.model).__name__}, optimizers=({kinds}), "
+            f"step={self.step}, skipped={self.skipped}, slots=({slots}))"
+        )
+
+
+_FIELDS = ("model", "optimizers", "step", "skipped", "slots", "tx")
+
+
+def spend(state: State, by: str) -> None:
+    """Take everything out of `state`; from now on reading it raises SpentStateError."""
+    object.__setattr__(state, "spent", by)
+    for name in _FIELDS:
+        object.__delattr__(state, name)
+
+
+def with_slot(state: State, name: str, value: Any) -> State:
+    """The state with slot `name` set to `value`."""
+    return attrs.evolve(state, slots=MappingProxyType({**state.slots, name: value}))
+
+
+def trainable(model: nn.Module) -> list[tuple[str, Any]]:
+    """Names and parameters that get gradients, tied ones once."""
+    return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+
+
+def fork(state: State) -> State:
+    """An independent copy: the next step of one does not touch the other (L7).
+
+    Copies weights, optimizer state, gradients and slots: memory doubles. Both states
+    stand at the same step. Raises SpentStateError on a spent state.
+    """
+    placed = state.slots.get("shard_model")
+    if placed is not None and placed.fork is not None:
+        return placed.fork(state)
+    model, optimizers, slots = copy.deepcopy(
+        (state.model, state.optimizers, dict(state.slots))
+    )
+    return attrs.evolve(
+        state, model=model, optimizers=optimizers, slots=MappingProxyType(slots)
+    )
