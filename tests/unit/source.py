@@ -8,10 +8,10 @@ from pathlib import Path
 FLOORS = {
     0: "errors records tree match transform order explain state rows schedules groups"
     " permutation dtypes cut",
-    1: "_torch env loader comm rng storage deferred",
+    1: "_torch env loader fetch prefetch comm rng storage deferred",
     2: "engines saves",
     3: "passes",
-    4: "run",
+    4: "run gradients optimizers",
     5: "spawn launch testing doctor",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
