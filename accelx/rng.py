@@ -1,0 +1,39 @@
+"""From which number every random generator of a rank starts."""
+
+from __future__ import annotations
+
+import operator
+import random
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from accelx.records import Env
+
+LAST = 2**63 - 1  # what torch takes on every device
+
+
+def seed(env: Env, n: int, per_rank: bool = False) -> None:
+    """Start the global generators of Python, NumPy and torch from `n`.
+
+    The same `n` on all ranks, so that they make the same weights; with `per_rank` rank r
+    starts from `n + r`, for noise that differs. torch's covers the CPU and every device;
+    NumPy's is set (to `n` modulo 2**32) if NumPy is imported by now. These generators
+    are global: this is an effect on the whole process.
+    Raises ValueError unless the number is in 0 to 2**63 - 1 on every rank.
+    """
+    last = LAST - (env.world - 1 if per_rank else 0)
+    if not 0 <= n <= last:
+        raise ValueError(
+            f"seed wants an integer from 0 to {last}, got {n!r}; "
+            "write for example seed(env, 0)"
+        )
+    import torch
+
+    n = operator.index(n)
+    start = n + env.rank if per_rank else n
+    random.seed(start)
+    torch.manual_seed(start)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(start % 2**32)
