@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from accelx import comm, tree
-from accelx.cut import Args, mean_of, rows_in
+from accelx.cut import mean_of, rows_in
 from accelx.engines.placed import engine_of
 from accelx.errors import LossError
 from accelx.records import Env, Loss, Mean, Out, Transform
@@ -128,7 +128,9 @@ def _detached(leaf: Any) -> Any:
 def _as_total(mean: Mean) -> Tensor:
     total = mean.total
     if not isinstance(total, Tensor) or total.dim():
-        shape = tuple(total.shape) if isinstance(total, Tensor) else type(total).__name__
+        shape = (
+            tuple(total.shape) if isinstance(total, Tensor) else type(total).__name__
+        )
         raise LossError(
             f"the total of a Mean wants to be a scalar tensor, got {shape}; "
             "write ax.Mean(losses.sum(), mask.sum())"
@@ -184,11 +186,15 @@ def _reduced(env: Env, out: Out) -> tuple[Out, float]:
     comm.sum_scalars(env, packed)
     pairs = packed.view(-1, 2).unbind()
     rest = iter(pairs[1:])
-    aux = tree.unflatten(
-        out.aux,
-        [Mean(*next(rest)) if isinstance(leaf, Mean) else leaf for _, leaf in flat],
-        _is_mean,
-    ) if flat else out.aux
+    aux = (
+        tree.unflatten(
+            out.aux,
+            [Mean(*next(rest)) if isinstance(leaf, Mean) else leaf for _, leaf in flat],
+            _is_mean,
+        )
+        if flat
+        else out.aux
+    )
     total, weight = pairs[0]
     loss = (total / weight).to(_dtype(means[0].total))
     return attrs.evolve(out, loss=loss, weight=weight, aux=aux), weight.item()
@@ -213,7 +219,7 @@ def _dtype(total: Any) -> torch.dtype:
 
 def _set_aside(state: State) -> list[tuple[Any, Tensor]]:
     """Gradients of earlier calls: they are whole, and must not be scaled once more."""
-    earlier = [(p, p.grad) for p in state.model.parameters() if p.grad is not None]
+    earlier = [(p, p.grad) for _, p in state.trained if p.grad is not None]
     kept = [(p, grad.clone()) for p, grad in earlier]
     for p, _ in kept:
         p.grad = None

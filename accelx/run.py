@@ -16,7 +16,7 @@ from accelx.engines.placed import claim, engine_of, seal
 from accelx.loader import Loader, as_loader, batches
 from accelx.optimizers import make
 from accelx.records import Loss, Mean, Out, Transform
-from accelx.state import State, spend
+from accelx.state import State, spend, stepped, trainable
 
 Step = Callable[..., tuple[State, Out]]
 
@@ -34,12 +34,14 @@ def init(
     Raises PlacementError for a module placed twice, an optimizer object in place of a
     function, or parameters that no optimizer moves.
     """
-    state = State(model, tx=tx)
+    state = State(model)
     for one in tx:
         if one.place is not None:
             state = one.place(state, tx)
     state = _placed(state)
-    state = attrs.evolve(state, optimizers=make(optim, state.model))
+    state = attrs.evolve(
+        state, optimizers=make(optim, state.model), trained=trainable(state.model)
+    )
     for one in tx:
         if one.start is not None:
             state = one.start(state, tx)
@@ -103,9 +105,7 @@ def apply(tx: Transform) -> Step:
     run = _update(tx)
 
     def applied(state: State, out: Out) -> tuple[State, Out]:
-        mine = attrs.evolve(state)
-        spend(state, f"apply at step {mine.step}")
-        return run(mine, out)
+        return _spending(run, state, state, out)
 
     return applied
 
@@ -118,13 +118,11 @@ def step(tx: Transform, loss: Loss) -> Step:
     """
     first, second = gradients.pipeline(tx, loss), _update(tx)
 
-    def stepped(state: State, *args: Any) -> tuple[State, Out]:
+    def one_step(state: State, *args: Any) -> tuple[State, Out]:
         after, out = _safely(first, state, args)
-        after = attrs.evolve(after)
-        spend(state, f"step {after.step}")
-        return second(after, out)
+        return _spending(second, state, after, out)
 
-    return stepped
+    return one_step
 
 
 def _safely(run: Step, state: State, args: tuple[Any, ...]) -> tuple[State, Out]:
@@ -136,25 +134,44 @@ def _safely(run: Step, state: State, args: tuple[Any, ...]) -> tuple[State, Out]
         raise
 
 
+def _spending(run: Step, state: State, after: State, out: Out) -> tuple[State, Out]:
+    """`run(after, out)`, which spends `state`, also where it fails half-way."""
+    number = state.step
+    try:
+        return run(after, out)
+    except BaseException:
+        number = f"{number}, which failed half-way"
+        raise
+    finally:
+        spend(state, f"step {number}")
+
+
 def _update(tx: Transform) -> Step:
-    def applied(state: State, out: Out) -> tuple[State, Out]:
+    """Passes before, the optimizers, passes after; what the engine does is left out."""
+
+    def update(state: State, out: Out) -> tuple[State, Out]:
         engine = engine_of(state)
-        active = [p for p in tx if p.name not in engine.handles]
+        active = [p for p in acting if p.name not in engine.handles]
         for one in active:
             if one.before is not None and out.skipped is None:
                 state, out = one.before(state, out)
         if out.skipped is not None:
             state.model.zero_grad(set_to_none=True)
-            return attrs.evolve(state, skipped=state.skipped + 1), out
+            return stepped(state, made=False), out
         engine.update(state)
-        state = attrs.evolve(state, step=state.step + 1)
-        out = attrs.evolve(out, stepped=True)
+        state, out = stepped(state, made=True), _moved(out)
         for one in active:
             if one.after is not None:
                 state, out = one.after(state, out)
         return state, out
 
-    return applied
+    acting = [p for p in tx if p.before is not None or p.after is not None]
+    return update
+
+
+def _moved(out: Out) -> Out:
+    """`out` of a step that was made."""
+    return Out(out.loss, out.weight, out.norm, True, None, out.aux, out.times)
 
 
 def measure(tx: Transform, fn: Loss) -> Callable[..., Any]:

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from accelx.errors import SpentStateError
-from accelx.records import Transform
-from accelx.transform import identity
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,7 +32,7 @@ class State:
     step: int = 0  # updates made
     skipped: int = 0  # batches that made no update
     slots: Mapping[str, Any] = _NO_SLOTS
-    tx: Transform = identity  # what placed it, for `fork`
+    trained: tuple[tuple[str, Any], ...] = ()  # names and parameters with gradients
     spent: str | None = None  # what used it
 
     @property
@@ -73,7 +71,7 @@ class State:
         )
 
 
-_FIELDS = ("model", "optimizers", "step", "skipped", "slots", "tx")
+_FIELDS = ("model", "optimizers", "step", "skipped", "slots", "trained")
 
 
 def spend(state: State, by: str) -> None:
@@ -83,14 +81,27 @@ def spend(state: State, by: str) -> None:
         object.__delattr__(state, name)
 
 
+def stepped(state: State, made: bool) -> State:
+    """The next state: one update more, or one batch that made none."""
+    # written out: attrs.evolve takes 4 us, and a step has few to give
+    return State(
+        state.model,
+        state.optimizers,
+        state.step + made,
+        state.skipped + (not made),
+        state.slots,
+        state.trained,
+    )
+
+
 def with_slot(state: State, name: str, value: Any) -> State:
     """The state with slot `name` set to `value`."""
     return attrs.evolve(state, slots=MappingProxyType({**state.slots, name: value}))
 
 
-def trainable(model: nn.Module) -> list[tuple[str, Any]]:
+def trainable(model: nn.Module) -> tuple[tuple[str, Any], ...]:
     """Names and parameters that get gradients, tied ones once."""
-    return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return tuple((n, p) for n, p in model.named_parameters() if p.requires_grad)
 
 
 def fork(state: State) -> State:
@@ -106,5 +117,9 @@ def fork(state: State) -> State:
         (state.model, state.optimizers, dict(state.slots))
     )
     return attrs.evolve(
-        state, model=model, optimizers=optimizers, slots=MappingProxyType(slots)
+        state,
+        model=model,
+        optimizers=optimizers,
+        slots=MappingProxyType(slots),
+        trained=trainable(model),
     )

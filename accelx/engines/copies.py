@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from accelx.engines.placed import Placed, blueprint
 from accelx.errors import PlacementError
+from accelx.state import trainable
 
 if TYPE_CHECKING:
     from accelx.state import State
@@ -64,7 +65,9 @@ def fill(model: nn.Module, source: nn.Module) -> None:
         if id(theirs) not in ours:
             data = theirs.detach().clone()
             weight = isinstance(theirs, nn.Parameter)
-            ours[id(theirs)] = nn.Parameter(data, theirs.requires_grad) if weight else data
+            ours[id(theirs)] = (
+                nn.Parameter(data, theirs.requires_grad) if weight else data
+            )
         put(model, name, ours[id(theirs)])
     model.train(source.training)
 
@@ -76,7 +79,9 @@ def empty(model: nn.Module) -> None:
         if id(theirs) not in ours:
             data = torch.empty_like(theirs, device="meta")
             weight = isinstance(theirs, nn.Parameter)
-            ours[id(theirs)] = nn.Parameter(data, theirs.requires_grad) if weight else data
+            ours[id(theirs)] = (
+                nn.Parameter(data, theirs.requires_grad) if weight else data
+            )
         put(model, name, ours[id(theirs)])
 
 
@@ -119,4 +124,5 @@ def _carried(state: State, placed: Placed) -> State:
         model=placed.model,
         optimizers=optimizers,
         slots=MappingProxyType({**slots, "shard_model": placed}),
+        trained=trainable(placed.model),
     )

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import attrs
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +15,6 @@ from accelx.engines.placed import Placed, Plan
 from accelx.errors import PlacementError
 from accelx.match import select
 from accelx.records import Engine, Precision
-from accelx.state import trainable
 
 if TYPE_CHECKING:
     from accelx.state import State
@@ -50,7 +48,7 @@ def place_deferred(factory: Callable[[], nn.Module], plan: Plan) -> Placed:
         if id(source) not in made:
             made[id(source)] = _made(model, name, source, recorder, plan)
         copies.put(model, name, made[id(source)])
-    return attrs.evolve(result, trainable=tuple(trainable(model)))
+    return result
 
 
 def _made(
@@ -84,7 +82,7 @@ def _sharded(model: nn.Module, plan: Plan, blank: Any) -> Placed:
     def again(old: Placed, copy: nn.Module, source: nn.Module) -> Placed:
         fresh = _sharded(copy, plan, blank)
         copies.fill(copy, source)
-        return attrs.evolve(fresh, trainable=tuple(trainable(copy)))
+        return fresh
 
     def rest() -> None:
         for module in _torch.fsdp_modules(model):
@@ -94,7 +92,6 @@ def _sharded(model: nn.Module, plan: Plan, blank: Any) -> Placed:
         ENGINE,
         plan.env,
         model,
-        trainable=tuple(trainable(model)),
         drifting=placed.drifting(model, plan.env),
         unused=plan.unused,
         fork=copies.forker(blank, again),
@@ -159,7 +156,7 @@ def backward(state: State, loss: Tensor, scale: float) -> None:
 def settle(state: State, scale: Tensor | float) -> None:
     """Check that every parameter took part, average statistics, multiply by `scale`."""
     here: Placed = state.slots["shard_model"]
-    placed.all_used(here)
+    placed.all_used(state)
     placed.average(here.drifting, here.env)
     if not (isinstance(scale, float) and scale == 1.0):
         _torch.scale_(_local(plain.gradients(state)), scale)

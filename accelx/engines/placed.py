@@ -38,8 +38,10 @@ class Placed:
     env: Env
     model: nn.Module
     handle: Any = None  # the engine's own object
-    trainable: tuple[tuple[str, Any], ...] = ()
-    drifting: tuple[Tensor, ...] = ()  # buffers that each rank updates from its own rows
+    trainable: tuple[tuple[str, Any], ...] = ()  # in the order that DDP counts them
+    drifting: tuple[
+        Tensor, ...
+    ] = ()  # buffers that each rank updates from its own rows
     unused: str = "error"
     fork: Callable[[State], State] | None = None
     rest: Callable[[], None] = lambda: None  # make parameters what optimizers see
@@ -129,12 +131,11 @@ def average(buffers: tuple[Tensor, ...], env: Env) -> None:
         b.copy_(new.view_as(b))
 
 
-def all_used(placed: Placed) -> None:
+def all_used(state: State) -> None:
     """Raise UnusedParameterError with the names of parameters without a gradient."""
-    if placed.unused != "error":
-        return
-    missing = [n for n, p in placed.trainable if p.grad is None]
-    if missing:
+    placed: Placed = state.slots["shard_model"]
+    missing = [n for n, p in state.trained if p.grad is None]
+    if missing and placed.unused == "error":
         raise unused(missing, placed)
 
 

@@ -28,7 +28,7 @@ def backward(state: State, loss: Tensor, scale: float) -> None:
 
 def gradients(state: State) -> list[Tensor]:
     """Gradients of the model, of parameters that have one."""
-    return [p.grad for p in state.model.parameters() if p.grad is not None]
+    return [p.grad for _, p in state.trained if p.grad is not None]
 
 
 def settle(state: State, scale: Tensor | float) -> None:

@@ -38,7 +38,7 @@ def place(model: nn.Module, plan: Plan) -> Placed:
         ENGINE,
         plan.env,
         model,
-        trainable=tuple(trainable(model)),
+        trainable=trainable(model),
         drifting=placed.drifting(model, plan.env),
         unused=plan.unused,
     )
@@ -72,7 +72,7 @@ def _again(old: Placed, model: nn.Module, source: nn.Module) -> Placed:
     fresh = attrs.evolve(
         old,
         model=model,
-        trainable=tuple(trainable(model)),
+        trainable=trainable(model),
         drifting=placed.statistics(model) if old.drifting else (),
     )
     return hooked(fresh, blank=copies.try_blueprint(model))
@@ -98,7 +98,7 @@ def backward(state: State, loss: Tensor, scale: float) -> None:
 def settle(state: State, scale: Tensor | float) -> None:
     """Check that every parameter took part, average statistics, multiply by `scale`."""
     here: Placed = state.slots["shard_model"]
-    placed.all_used(here)
+    placed.all_used(state)
     placed.average(here.drifting, here.env)
     plain.settle(state, scale)
 

@@ -30,7 +30,9 @@ def accumulate(n: int) -> Transform:
     nor no dimension. Batch normalisation sees microbatches: use another normalisation.
     """
     if n < 1:
-        raise ValueError(f"accumulate wants at least 1 microbatch, got {n}; write 1 or more")
+        raise ValueError(
+            f"accumulate wants at least 1 microbatch, got {n}; write 1 or more"
+        )
 
     def backward(grads: Any) -> Any:
         def accumulated(state: Any, *args: Any) -> tuple[Any, Any]:
@@ -50,7 +52,17 @@ def accumulate(n: int) -> Transform:
 
         return accumulated if n > 1 else grads
 
-    rules = Rules(once=True, why="a batch is cut once; write accumulate(n) with their product")
+    rules = Rules(
+        once=True, why="a batch is cut once; write accumulate(n) with their product"
+    )
     return Transform(
-        (Pass("accumulate", Accumulate(n), backward=backward, rules=rules, neutral=True),)
+        (
+            Pass(
+                "accumulate",
+                Accumulate(n),
+                backward=backward,
+                rules=rules,
+                neutral=True,
+            ),
+        )
     )

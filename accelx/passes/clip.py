@@ -45,6 +45,8 @@ def clip(norm: float) -> Transform:
 
     rules = (
         Rules(once=True, why="the smaller of two norms is the one that counts"),
-        Rules(after=("loss_scale",), why="a scaled loss is judged before it is clipped"),
+        Rules(
+            after=("loss_scale",), why="a scaled loss is judged before it is clipped"
+        ),
     )
     return Transform((Pass("clip", Clip(norm), before=before, rules=rules),))

@@ -33,11 +33,13 @@ def clip_value(limit: float) -> Transform:
     def before(state: Any, out: Out) -> tuple[Any, Out]:
         from accelx import _torch
 
-        grads = [p.grad for p in state.model.parameters() if p.grad is not None]
+        grads = [p.grad for _, p in state.trained if p.grad is not None]
         local = [g.to_local() if hasattr(g, "to_local") else g for g in grads]
         if local:
             _torch.clamp_(local, limit)
         return state, out
 
     rules = Rules(after=("clip",), why="Out.norm is the norm from before any clipping")
-    return Transform((Pass("clip_value", ClipValue(limit), before=before, rules=rules),))
+    return Transform(
+        (Pass("clip_value", ClipValue(limit), before=before, rules=rules),)
+    )

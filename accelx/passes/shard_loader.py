@@ -47,5 +47,14 @@ def shard_loader(env: Env, seed: int = 0, *, ragged: bool = False) -> Transform:
 
     rules = Rules(once=True, why="the data is divided over ranks once")
     return Transform(
-        (Pass("shard_loader", spec, feed=placed, alone=alone, rules=rules, neutral=True),)
+        (
+            Pass(
+                "shard_loader",
+                spec,
+                feed=placed,
+                alone=alone,
+                rules=rules,
+                neutral=True,
+            ),
+        )
     )

@@ -161,7 +161,9 @@ def rescale(state: Any, out: Out) -> tuple[Any, Out]:
     out = attrs.evolve(out, norm=norm)
     if not math.isfinite(float(norm)):
         new = attrs.evolve(now, scale=now.scale / 2, good=0)
-        why = f"non-finite gradients at loss scale {now.scale:g}; it is {new.scale:g} now"
+        why = (
+            f"non-finite gradients at loss scale {now.scale:g}; it is {new.scale:g} now"
+        )
         return with_slot(state, "loss_scale", new), attrs.evolve(out, skipped=why)
     grown = now.good + 1 >= now.every
     new = attrs.evolve(

@@ -35,7 +35,9 @@ def with_schedule(fn: Callable[[Any], Any]) -> Transform:
             f"with_schedule wants a function of the step or of an optimizer, got {fn!r}; "
             "write with_schedule(lambda step: 1.0), or lambda o: StepLR(o, 30)"
         )
-    why = "two schedules would each set the learning rate; multiply their factors in one"
+    why = (
+        "two schedules would each set the learning rate; multiply their factors in one"
+    )
     return Transform(
         (
             Pass(
