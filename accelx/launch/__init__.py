@@ -1,0 +1,1 @@
+"""How the ranks of one machine are planned, started, watched and ended."""

@@ -1,0 +1,248 @@
+"""How many ranks, with which settings, and where each setting came from; pure."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Literal
+
+import attrs
+
+from accelx.errors import SpawnError
+from accelx.launch.machine import Machine, cores, shares
+from accelx.launch.options import GRACE, PROGRAM
+
+# Whoever sets one of these places threads on purpose; binding would fight it.
+PLACED_BY = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES", "OMP_PROC_BIND")
+
+
+@attrs.frozen
+class Asked:
+    """The command line as a record."""
+
+    num_ranks: int | Literal["auto"]
+    target: str  # path of a script, dotted name of a module, or folder of a call
+    args: tuple[str, ...] = ()  # the script's own
+    kind: Literal["script", "module", "call"] = "script"
+    log_dir: str | None = None
+    prefix: bool = False
+    show: bool = False
+    grace: float | None = None  # seconds; None where the command line is silent
+    bind: bool = True
+
+
+@attrs.frozen
+class Setting:
+    """One resolved setting, and who decided it."""
+
+    name: str
+    value: str
+    source: str  # "command line", "environment" or "default", and why
+
+
+@attrs.frozen
+class Plan:
+    """Everything that is decided before a rank starts."""
+
+    asked: Asked
+    num_ranks: int
+    host: str
+    grace: float  # seconds
+    exports: Mapping[str, str]  # variables that every rank gets
+    shares: tuple[tuple[int, ...], ...]  # CPU numbers of each rank; empty: not bound
+    settings: tuple[Setting, ...]  # as `--print` shows them
+
+
+def asked_for(given: argparse.Namespace) -> Asked:
+    """The record of what `parse` read."""
+    return Asked(
+        num_ranks=given.n,
+        target=given.target,
+        args=tuple(given.args),
+        kind=given.kind or "script",
+        log_dir=given.log_dir,
+        prefix=given.prefix,
+        show=given.print,
+        grace=given.grace,
+        bind=not given.no_bind,
+    )
+
+
+def resolve(asked: Asked, environ: Mapping[str, str], machine: Machine) -> Plan:
+    """The plan for a command line. Raises SpawnError for what cannot be started."""
+    _check_outermost(asked, environ)
+    count = _num_ranks(asked, machine)
+    ranks = int(count.value)
+    check_gpus(ranks, machine.gpus, asked.target)
+    threads = _threads(environ, machine, ranks)
+    bound, cpus = _bound(asked, environ, machine, ranks, int(_first(threads.value)))
+    loopback = "lo" if machine.system == "linux" else "lo0"
+    exports = (
+        threads,
+        _variable(environ, "GLOO_SOCKET_IFNAME", loopback, "this machine only"),
+        _variable(environ, "NCCL_SOCKET_IFNAME", loopback, "this machine only"),
+    )
+    return Plan(
+        asked=asked,
+        num_ranks=ranks,
+        host=machine.host,
+        grace=GRACE if asked.grace is None else asked.grace,
+        exports={s.name: s.value for s in exports if s.source != "environment"},
+        shares=bound,
+        settings=(
+            count,
+            *_said(asked),
+            *_meeting(environ),
+            *exports,
+            cpus,
+            _gpus(machine),
+        ),
+    )
+
+
+def check_gpus(num_ranks: int, gpus: int, target: str) -> None:
+    """Refuse more ranks than CUDA devices, where torch will use such devices."""
+    if 0 < gpus < num_ranks:
+        hidden = f"CUDA_VISIBLE_DEVICES= {PROGRAM} -n {num_ranks} {target}"
+        raise SpawnError(
+            f"each rank wants a GPU of its own: {num_ranks} ranks were asked for and "
+            f"{gpus} GPU{'s are' if gpus > 1 else ' is'} visible; write -n {gpus}, or "
+            f"hide the GPUs to run on the CPU: {hidden}"
+        )
+
+
+def rank_variables(plan: Plan, rank: int, port: int) -> dict[str, str]:
+    """The environment variables by which a rank knows where it stands."""
+    world = str(plan.num_ranks)
+    return {
+        **plan.exports,
+        "RANK": str(rank),
+        "WORLD_SIZE": world,
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": world,
+        "GROUP_RANK": "0",
+        "GROUP_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        # torch's word for "the launcher serves the store": no rank opens a port for it
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",  # torch 2.9 wants it beside
+        "ACCELX_LAUNCHER": "accelx",
+    }
+
+
+def table(plan: Plan) -> str:
+    """The plan as `--print` shows it."""
+    rows = [("setting", "value", "from")]
+    rows += [(s.name, s.value, s.source) for s in plan.settings]
+    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+    lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows]
+    head = f"{plan.num_ranks} ranks of {plan.asked.target} on {plan.host}; none started"
+    return "\n".join([head, "", *lines])
+
+
+def _check_outermost(asked: Asked, environ: Mapping[str, str]) -> None:
+    rank, world = environ.get("RANK"), environ.get("WORLD_SIZE", "1")
+    if rank and world != "1" and asked.kind != "call":
+        raise SpawnError(
+            f"{PROGRAM} starts all ranks of a run, but this process already is rank "
+            f"{rank} of {world}; write python {asked.target} here, or unset RANK and "
+            "WORLD_SIZE"
+        )
+
+
+def _num_ranks(asked: Asked, machine: Machine) -> Setting:
+    if asked.num_ranks != "auto":
+        return Setting("num_ranks", str(asked.num_ranks), "command line")
+    nodes = len({cpu.node for cpu in machine.cpus})
+    what = "GPU" if machine.gpus else "NUMA node"
+    value = str(machine.gpus or nodes)
+    return Setting("num_ranks", value, f"command line: auto, one per {what}")
+
+
+def _said(asked: Asked) -> list[Setting]:
+    source = {True: "command line", False: "default"}
+    grace = GRACE if asked.grace is None else asked.grace
+    prefix = "yes" if asked.prefix else "no"
+    return [
+        Setting(asked.kind, " ".join([asked.target, *asked.args]), source[True]),
+        Setting("log_dir", asked.log_dir or "none", source[asked.log_dir is not None]),
+        Setting("prefix", prefix, source[asked.prefix]),
+        Setting("grace", f"{grace:g} s", source[asked.grace is not None]),
+    ]
+
+
+def _meeting(environ: Mapping[str, str]) -> list[Setting]:
+    taken = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name in environ]
+    unused = f"; {' and '.join(taken)} of the environment not used" if taken else ""
+    return [
+        Setting("MASTER_ADDR", "127.0.0.1", f"default: this machine only{unused}"),
+        Setting("MASTER_PORT", "a free one", f"default: taken at the start{unused}"),
+    ]
+
+
+def _variable(environ: Mapping[str, str], name: str, default: str, why: str) -> Setting:
+    if environ.get(name):
+        return Setting(name, environ[name], "environment")
+    return Setting(name, default, f"default: {why}")
+
+
+def _threads(environ: Mapping[str, str], machine: Machine, ranks: int) -> Setting:
+    name = "OMP_NUM_THREADS"
+    given = environ.get(name, "")
+    if given and not _first(given).isdecimal():
+        raise SpawnError(
+            f"{name} is a number of threads, got {given!r}; write {name}=4, or unset it"
+        )
+    if given:
+        return Setting(name, given, "environment")
+    whole = len(cores(machine.cpus))
+    usable = whole if machine.quota is None else min(whole, max(1, int(machine.quota)))
+    why = f"default: {usable} cores / {ranks} ranks"
+    return Setting(name, str(max(1, usable // ranks)), why)
+
+
+def _first(threads: str) -> str:
+    return threads.partition(",")[
+        0
+    ].strip()  # OpenMP takes a list, one per nesting level
+
+
+def _bound(
+    asked: Asked,
+    environ: Mapping[str, str],
+    machine: Machine,
+    ranks: int,
+    threads: int,
+) -> tuple[tuple[tuple[int, ...], ...], Setting]:
+    placed = [name for name in PLACED_BY if environ.get(name)]
+    split = shares(machine.cpus, ranks)
+    if not asked.bind:
+        return (), Setting("cpus", "shared", "command line: --no-bind")
+    if placed:
+        return (), Setting("cpus", "shared", f"environment: {placed[0]} places threads")
+    if machine.system != "linux" or ranks == 1:
+        return (), Setting("cpus", "shared", "default: nothing to divide here")
+    if not split:
+        return (), Setting("cpus", "shared", "default: more ranks than cores")
+    if threads > min(map(len, split)):
+        return (), Setting(
+            "cpus", "shared", f"default: {threads} threads need more each"
+        )
+    text = ", ".join(f"{rank}: {_ranges(cpus)}" for rank, cpus in enumerate(split))
+    return tuple(split), Setting("cpus", text, "default: whole cores, divided")
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return "+".join(f"{a}-{b}" if a != b else str(a) for a, b in runs)
+
+
+def _gpus(machine: Machine) -> Setting:
+    value = "one per rank, by local rank" if machine.gpus else "none used"
+    return Setting("gpus", value, f"default: {machine.gpus} visible")

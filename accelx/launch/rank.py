@@ -1,0 +1,112 @@
+"""What a freshly forked process does to become a rank and run the user's program."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import gc
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import CodeType
+
+import attrs
+
+from accelx.launch import call, environ, target
+from accelx.launch.failure import Failure, dumps, raised, remember
+from accelx.launch.plan import Plan, rank_variables
+from accelx.launch.watch import let_signals
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@attrs.frozen
+class Birth:
+    """What a rank gets from the launcher beside the plan."""
+
+    rank: int
+    port: int  # of the store, on 127.0.0.1
+    parent: int  # process id of the launcher
+    report: int  # file descriptor: one line of JSON, if the rank fails
+    stack: int | None  # file descriptor: where a fault in native code was
+    output: tuple[int, int] | None  # file descriptors for stdout and stderr
+
+
+def be(plan: Plan, birth: Birth, code: CodeType | None) -> int:
+    """Become rank `birth.rank`, run the program, and return the exit code."""
+    let_signals()
+    os.setsid()  # a Ctrl-C at the terminal reaches the launcher alone
+    die_with(birth.parent, signal.SIGKILL)
+    _connect_output(birth)
+    environ.write(rank_variables(plan, birth.rank, birth.port))
+    if plan.shares:
+        os.sched_setaffinity(0, plan.shares[birth.rank])
+    _reseed()
+    if birth.stack is not None and not faulthandler.is_enabled():
+        faulthandler.enable(birth.stack, all_threads=False)
+    gc.enable()
+    if plan.asked.kind == "call":
+        return _told(birth, lambda: call.run(plan.asked.target, birth.rank))
+    return _told(birth, lambda: target.run(plan.asked, code))
+
+
+def die_with(parent: int, number: signal.Signals) -> None:
+    """Have the kernel send signal `number` here when the process `parent` ends."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+    if os.getppid() != parent:  # it ended before the call
+        os.kill(os.getpid(), number)
+
+
+def _told(birth: Birth, program: Callable[[], None]) -> int:
+    own = os.getpid()
+    try:
+        program()
+    except SystemExit as error:
+        if error.code is None or error.code == 0:
+            return 0
+        return _report(birth, raised(birth.rank, error), own)
+    except BaseException as error:
+        remember(error)
+        return _report(birth, raised(birth.rank, error), own)
+    return 0
+
+
+def _report(birth: Birth, failure: Failure, own: int) -> int:
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    if os.getpid() == own:  # not a process that the program forked off by itself
+        data = dumps(failure)
+        while data:
+            data = data[os.write(birth.report, data) :]
+    return failure.code
+
+
+def _connect_output(birth: Birth) -> None:
+    if birth.rank:  # one rank at most can read the terminal
+        nowhere = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nowhere, 0)
+        os.close(nowhere)
+    if birth.output is None:
+        return
+    for stream, source, number in zip(
+        (sys.stdout, sys.stderr), birth.output, (1, 2), strict=True
+    ):
+        os.dup2(source, number)
+        os.close(source)
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(line_buffering=True)
+
+
+def _reseed() -> None:
+    """Separate processes start numpy's global generator from entropy; so do forks here.
+
+    Python's `random` does it by itself, and torch starts every process from one seed.
+    """
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed()
