@@ -85,7 +85,7 @@ class Noted:
 
 @attrs.frozen(eq=False)
 class Began:
-    """Shows a new worker the user's own dataset, then runs the user's function there."""
+    """Shows a new worker the user's own dataset, then runs the user's function."""
 
     user: Init
 
