@@ -38,8 +38,8 @@ if TYPE_CHECKING:
         UnusedParameterError as UnusedParameterError,
     )
     from .explain import explain as explain
-    from .groups import param_groups as param_groups
     from .loader import Loader as Loader
+    from .optimizers import param_groups as param_groups
     from .passes.accumulate import accumulate as accumulate
     from .passes.clip import clip as clip
     from .passes.clip_value import clip_value as clip_value
@@ -95,7 +95,7 @@ _NAMES = {
     "transform": ("chain", "identity", "transform"),
     "explain": ("explain",),
     "state": ("State", "fork"),
-    "groups": ("param_groups",),
+    "optimizers": ("param_groups",),
     "schedules": ("warmup_cosine", "warmup_linear"),
     "env": ("close", "connect", "detect"),
     "loader": ("Loader",),

@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+DispatchMode = TorchDispatchMode
 
 
 def storage_id(tensor: Tensor) -> int:
@@ -125,3 +128,13 @@ def is_dtensor(tensor: Tensor) -> bool:
 def end_workers(iterator: Any) -> None:
     """Stop the worker processes behind an iterator of a DataLoader, and wait for them."""
     iterator._shutdown_workers()
+
+
+def mutates(func: Any) -> bool:
+    """Whether an operator, as a dispatch mode sees it, writes into an argument."""
+    return func._schema.is_mutable
+
+
+def name_of(func: Any) -> str:
+    """An operator's name without its namespace and overload."""
+    return func._schema.name.split("::")[1]

@@ -14,7 +14,6 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from accelx import _torch
 
@@ -45,7 +44,7 @@ class _Op:
     fills: Key | None  # the storage that it covers whole without reading it
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(_torch.DispatchMode):
     """Runs what is called inside it, writes it down, and holds at most `budget` bytes."""
 
     def __init__(self, budget: int = BUDGET) -> None:
@@ -55,7 +54,9 @@ class Recorder(TorchDispatchMode):
         self._writes: dict[Key, list[int]] = {}  # operations that wrote each storage
         self._storages: dict[Key, torch.UntypedStorage] = {}
         self._sizes: dict[Key, int] = {}  # bytes
-        self._kept: set[Key] = set()  # made from data from outside: cannot be made again
+        self._kept: set[Key] = (
+            set()
+        )  # made from data from outside: cannot be made again
         self._held: dict[Key, None] = {}  # may be let go, oldest use first
 
     def __torch_dispatch__(
@@ -73,7 +74,7 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         outs = list(_tensors(out))
         before = {_key(t) for t in inputs}
-        if func._schema.is_mutable or any(_key(t) not in before for t in outs):
+        if _torch.mutates(func) or any(_key(t) not in before for t in outs):
             self._record(func, args, kwargs, inputs, outs, random)
         self._let_go()
         return out
@@ -90,7 +91,9 @@ class Recorder(TorchDispatchMode):
         unknown = any(
             _key(t) not in self._storages or _key(t) in self._kept for t in inputs
         )
-        written = {_key(t): t for t in (inputs[:1] if func._schema.is_mutable else outs)}
+        written = {
+            _key(t): t for t in (inputs[:1] if _torch.mutates(func) else outs)
+        }
         written |= {_key(t): t for t in outs}
         if unknown or (random is None and _seeded(func)):
             self._kept |= written.keys()
@@ -101,7 +104,14 @@ class Recorder(TorchDispatchMode):
         refs = tuple(_ref(t) for t in outs)
         fills = _filled(func, outs)
         self._ops.append(
-            _Op(func, _map(_described, args), _map(_described, kwargs), refs, random, fills)
+            _Op(
+                func,
+                _map(_described, args),
+                _map(_described, kwargs),
+                refs,
+                random,
+                fills,
+            )
         )
         for key in (*map(_key, inputs), *written):
             self._held.pop(key, None)
@@ -191,7 +201,7 @@ _FILLS = ("normal_", "uniform_", "fill_", "zero_", "bernoulli_", "copy_")
 
 def _filled(func: Any, outs: list[Tensor]) -> Key | None:
     """The storage that an in-place fill covers whole, so that older data is not needed."""
-    if len(outs) != 1 or func._schema.name.split("::")[1] not in _FILLS:
+    if len(outs) != 1 or _torch.name_of(func) not in _FILLS:
         return None
     whole = outs[0].numel() * outs[0].element_size()
     return _key(outs[0]) if whole == outs[0].untyped_storage().nbytes() else None

@@ -42,7 +42,9 @@ class _Coded:
 
 def _positive(_: object, field: attrs.Attribute[int], value: int) -> None:
     if value < 1:
-        raise ValueError(f"{field.name} must be at least 1, got {value}; write 1 or more")
+        raise ValueError(
+            f"{field.name} must be at least 1, got {value}; write 1 or more"
+        )
 
 
 @attrs.frozen(repr=False)
@@ -111,13 +113,22 @@ class Mean(_Coded):
 class Out:
     """What one step reports."""
 
-    loss: Tensor | float  # (), global mean over every row or token of the step
+    # (), global mean over every row or token of the step. Inside a `backward` arrow it is
+    # this rank's: a mean over `weight` rows, or a Mean.
+    loss: Tensor | Mean | float
     weight: Tensor | float  # (), rows or tokens that the mean was taken over
     norm: Tensor | None = None  # (), float32: true global 2-norm before clipping
     stepped: bool = False  # whether the optimizers moved
     skipped: str | None = None  # why not
     aux: Any = None  # what the loss returned beside the loss
     times: Mapping[str, float] = attrs.field(factory=dict)  # seconds
+
+
+def _reasoned(_: object, __: object, why: str) -> None:
+    if not why.strip():
+        raise ValueError(
+            "a rule must say why it holds, got an empty `why`; write the reason"
+        )
 
 
 @attrs.frozen
@@ -127,12 +138,7 @@ class Rules:
     after: tuple[str, ...] = ()  # these may not come later in the chain
     excludes: tuple[str, ...] = ()  # these may not be in the chain
     once: bool = False  # the pass may stand in a chain only once
-    why: str = attrs.field(kw_only=True)
-
-    @why.validator
-    def _reasoned(self, _: object, value: str) -> None:
-        if not value.strip():
-            raise ValueError("a rule must say why it holds, got an empty `why`; write the reason")
+    why: str = attrs.field(kw_only=True, validator=_reasoned)
 
 
 @attrs.frozen(repr=False)
@@ -175,7 +181,9 @@ class Pass:
     backward: Callable[..., Any] | None = None  # (Grads, Engine) -> Grads
     before: Arrow | None = None  # gradients are whole, update not made
     after: Arrow | None = None  # update made
-    alone: Callable[[Any], Any] | None = None  # what `transform(x)` does without a chain
+    alone: Callable[[Any], Any] | None = (
+        None  # what `transform(x)` does without a chain
+    )
     rules: tuple[Rules, ...] = attrs.field(default=(), converter=_rules)
     neutral: bool = False  # leaves the run that one process makes, up to rounding (L4)
     derived: bool = False  # comes with the pass before it, which prints for both

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -201,7 +201,7 @@ def measure(tx: Transform, fn: Loss) -> Callable[..., Any]:
 
 
 @contextmanager
-def evaluating(state: State) -> Iterator[Any]:
+def evaluating(state: State) -> Generator[Any]:
     """The model in evaluation mode, without gradients. The state is not spent."""
     modes = {m: m.training for m in state.model.modules()}
     state.model.eval()
@@ -215,7 +215,7 @@ def evaluating(state: State) -> Iterator[Any]:
 
 
 @contextmanager
-def frozen(state: State) -> Iterator[Any]:
+def frozen(state: State) -> Generator[Any]:
     """The model as a critic: gradients flow through it, none into it, none are reduced.
 
     For another model's step: pass it to that step as an argument.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -177,7 +177,7 @@ def clip(state: State, limit: float | None) -> Tensor:
 
 
 @contextmanager
-def quiet(state: State) -> Iterator[None]:
+def quiet(state: State) -> Generator[None]:
     """No reduction for the forward and backward passes inside."""
     model: Any = state.model
     model.set_requires_gradient_sync(False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +104,7 @@ def settle(state: State, scale: Tensor | float) -> None:
 
 
 @contextmanager
-def quiet(state: State) -> Iterator[None]:
+def quiet(state: State) -> Generator[None]:
     """No reduction for the forward and backward passes inside."""
     ddp = state.slots["shard_model"].handle
     loud = ddp.require_backward_grad_sync

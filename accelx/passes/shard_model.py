@@ -58,16 +58,8 @@ def shard_model(
     Neutral (L4). Effects: moves the model, collectives. Raises PlacementError.
     Li et al. 2020 (DDP, arXiv:2006.15704); Zhao et al. 2023 (FSDP, arXiv:2304.11277).
     """
-    if kind not in KINDS:
-        raise PlacementError(
-            f"shard_model wants a kind of {', '.join(map(repr, KINDS))}, got {kind!r}; "
-            f'write shard_model(env, "fsdp2")'
-        )
-    if unused not in ("error", "allow"):
-        raise PlacementError(
-            f"shard_model(unused=...) wants 'error' or 'allow', got {unused!r}; "
-            'write unused="allow"'
-        )
+    _choice("shard_model(env, kind)", kind, KINDS)
+    _choice("shard_model(unused=...)", unused, ("error", "allow"))
     kept = blocks if blocks is None or _single(blocks) else tuple(blocks)  # type: ignore[reportGeneralTypeIssues]
     spec = ShardModel(env, kind, kept, unused)
 
@@ -90,6 +82,14 @@ def shard_model(
             ),
         )
     )
+
+
+def _choice(where: str, got: str, choices: tuple[str, ...]) -> None:
+    if got not in choices:
+        raise PlacementError(
+            f"{where} wants one of {', '.join(map(repr, choices))}, got {got!r}; "
+            f"write {choices[-1]!r}"
+        )
 
 
 def _single(blocks: object) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -112,7 +112,7 @@ def _autocasting(loss: Loss, full: Precision) -> Loss:
 
 
 @contextmanager
-def _output_cast(model: Any, output: Any) -> Iterator[None]:
+def _output_cast(model: Any, output: Any) -> Generator[None]:
     import torch
 
     from accelx import tree
