@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import attrs
 import torch
@@ -70,10 +70,10 @@ def _local(loss: Loss) -> Grads:
             if not rows.rows:  # a placeholder takes part, and counts for nothing
                 engine.backward(state, total, 0.0)
                 none = Mean(torch.zeros_like(total), 0)
-                return state, Out(none, 0, aux=_empty(aux))
+                return state, Out(cast(Any, none), 0, aux=_empty(aux))
             engine.backward(state, total, scale)
             kept = Mean(total.detach(), _detached(value.weight))
-            return state, Out(kept, kept.weight, aux=aux)
+            return state, Out(cast(Any, kept), kept.weight, aux=aux)
         engine.backward(state, value, scale * rows.rows)
         aux = aux if rows.rows else _empty(aux)
         return state, Out(value.detach(), rows.rows, aux=aux)

@@ -115,7 +115,7 @@ class Out:
 
     # (), global mean over every row or token of the step. Inside a `backward` arrow it is
     # this rank's: a mean over `weight` rows, or a Mean.
-    loss: Tensor | Mean | float
+    loss: Tensor | float
     weight: Tensor | float  # (), rows or tokens that the mean was taken over
     norm: Tensor | None = None  # (), float32: true global 2-norm before clipping
     stepped: bool = False  # whether the optimizers moved
