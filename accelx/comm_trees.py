@@ -36,8 +36,8 @@ def gather(env: Env, tree: Any) -> Any:
     """Every rank's leaves, in rank order, on every rank.
 
     Tensors are concatenated on dim 0; ranks may differ in that dim alone. A tensor of
-    shape () counts as (1,), so it becomes (world,). Any other leaf becomes a list of the
-    ranks' values. Lists are trees: one of strings gives a list of lists. One process
+    shape () counts as (1,), so it becomes (world,). Any other leaf becomes a list of
+    the ranks' values. Lists are trees: one of strings gives a list of lists. One process
     gets the same types. Results are new and carry no gradient.
     Raises CollectiveError on every rank if the trees do not match.
     """
@@ -123,7 +123,7 @@ def _wire_dtype(spec: Spec, op: str) -> torch.dtype:
     if spec.dtype.is_complex:
         if op in ("max", "min"):
             raise CollectiveError(
-                f"reduce wants numbers that have an order for {op!r}, got {spec.dtype}; "
+                f"reduce wants numbers in an order for {op!r}, got {spec.dtype}; "
                 'write "sum" or "mean", or reduce its absolute value'
             )
         return torch.float64 if spec.dtype == torch.complex128 else torch.float32
@@ -263,7 +263,7 @@ def _agree(name: str, ranks: list[Told], key: Callable[[Any], object]) -> None:
 
 
 _REMEDY = {
-    "gather": "bring equal dtypes and equal shapes beyond dim 0, or pad(env, tree) first",
+    "gather": "bring equal dtypes and shapes beyond dim 0, or pad(env, tree) first",
     "reduce": "bring equal dtypes and shapes, or gather(env, tree) them",
     "pad": "bring equal dtypes and as many dims",
 }

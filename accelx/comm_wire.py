@@ -151,7 +151,7 @@ def pack(env: Env, tensors: Sequence[Tensor], size: int) -> Tensor:
 
 
 def unpack(env: Env, buffer: Tensor, specs: Sequence[Spec]) -> list[Tensor]:
-    """The tensors of `specs` that `pack` put into `buffer`, each with its own memory."""
+    """The tensors of `specs` that `pack` put into `buffer`, each in its own memory."""
     made: list[Tensor] = []
     at = 0
     for spec in specs:

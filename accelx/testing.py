@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import os
-import pickle
 import selectors
 import signal
 import sys
@@ -56,10 +56,10 @@ def run(
     """Run a function on `n` forked ranks: `run(2)(fn)(*args)` is every rank's result.
 
     `fn(env, *args)` gets a connected CPU Env over gloo; `axes` as in `connect`. Ranks
-    are forked, so `fn` may be a closure, and have one CPU thread each. Results come back
-    by pickle, in rank order. `run(1)` forks too. Raises RankError in the caller with the
-    traceback of the first rank that failed, or after `timeout` seconds with the ranks
-    that had not finished; all of them are gone then.
+    are forked, so `fn` may be a closure, and have one CPU thread each. Results come
+    back by pickle, in rank order. `run(1)` forks too. Raises RankError in the caller
+    with the traceback of the first rank that failed, or after `timeout` seconds with
+    the ranks that had not finished; all of them are gone then.
     """
     if n < 1:
         raise ValueError(f"run wants at least 1 rank, got {n}; write run(1) or more")
@@ -118,12 +118,12 @@ def _child(
     code = 1
     try:
         report = _attempt(env, axes, timeout, fn, args)
+        sys.stdout.flush()  # before the report, after which this rank may be killed
+        sys.stderr.flush()
         with os.fdopen(pipe, "wb") as out:
             out.write(len(report).to_bytes(SIZE, "little") + report)
         code = 0
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)  # the caller's exit handlers are not this rank's to run
 
 
@@ -142,12 +142,12 @@ def _attempt(
         torch.set_num_threads(1)
         env = connect(env, axes=axes, device="cpu", timeout=timeout)
         value = fn(env, *args)
-        report = pickle.dumps(_Report(ok=True, value=value, time=time.monotonic()))
+        report = _dumped(_Report(ok=True, value=value, time=time.monotonic()))
         close(env)
         return report
     except BaseException:
         text = traceback.format_exc()
-        return pickle.dumps(_Report(ok=False, value=text, time=time.monotonic()))
+        return _dumped(_Report(ok=False, value=text, time=time.monotonic()))
 
 
 def _collect(ranks: list[_Rank], timeout: float) -> dict[int, _Report | None]:
@@ -189,7 +189,20 @@ def _size(rank: _Rank) -> int:
 
 def _report(rank: _Rank) -> _Report | None:
     body = memoryview(rank.sent)[SIZE:]
-    return pickle.loads(body) if len(body) == _size(rank) else None
+    if len(body) != _size(rank):
+        return None
+    import torch
+
+    return torch.load(io.BytesIO(body), weights_only=False)  # from our own fork
+
+
+def _dumped(report: _Report) -> bytes:
+    """By torch's pickle: plain pickle cannot read a float8 tensor back (torch 2.13)."""
+    import torch
+
+    out = io.BytesIO()
+    torch.save(report, out)
+    return out.getvalue()
 
 
 def _reap(ranks: list[_Rank]) -> None:
@@ -202,7 +215,7 @@ def _reap(ranks: list[_Rank]) -> None:
             pid, rank.status = os.waitpid(rank.pid, os.WNOHANG)
             if pid == 0:
                 os.kill(rank.pid, signal.SIGKILL)
-                os.waitpid(rank.pid, 0)
+                _, rank.status = os.waitpid(rank.pid, 0)  # its own if it was leaving
 
 
 def _results(
