@@ -62,9 +62,20 @@ def items(dataset: Any, indices: list[int]) -> list[Any]:
     return found
 
 
+# What index_select takes on every device; it has no kernels for the wider unsigned
+# integers, nor for quantized tensors.
+PLAIN = frozenset(
+    (
+        *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+        *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+        *(torch.complex64, torch.complex128),
+    )
+)
+
+
 def _plain(column: Tensor) -> bool:
     strided = type(column) is Tensor and column.layout is torch.strided
-    return strided and not (column.is_quantized or column.requires_grad)
+    return strided and column.dtype in PLAIN and not column.requires_grad
 
 
 @attrs.frozen(eq=False)
