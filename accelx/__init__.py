@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         broadcast as broadcast,
         gather as gather,
         gather_objects as gather_objects,
+        gather_rows as gather_rows,
         main_first as main_first,
         on_main as on_main,
         pad as pad,
@@ -101,8 +102,8 @@ _NAMES = {
     "loader": ("Loader",),
     "rng": ("seed",),
     "comm": (
-        *("barrier", "broadcast", "gather", "gather_objects", "main_first"),
-        *("on_main", "pad", "reduce", "split"),
+        *("barrier", "broadcast", "gather", "gather_objects", "gather_rows"),
+        *("main_first", "on_main", "pad", "reduce", "split"),
     ),
     "passes.accumulate": ("accumulate",),
     "passes.clip": ("clip",),

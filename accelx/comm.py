@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import attrs
 
+from accelx.comm_rows import gather_rows
 from accelx.comm_split import split
 from accelx.comm_trees import broadcast, gather, gather_objects, pad, reduce
 from accelx.comm_wire import dist, exchange, group, together
@@ -29,6 +30,7 @@ __all__ = [
     "forget_meshes",
     "gather",
     "gather_objects",
+    "gather_rows",
     "main_first",
     "mesh",
     "on_main",

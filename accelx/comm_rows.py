@@ -1,0 +1,53 @@
+"""The rows of a batch, from every rank: each sample once, in the dataset's order."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from accelx import tree
+from accelx.comm_trees import gather, gather_objects
+from accelx.errors import DataError
+from accelx.records import Env
+from accelx.rows import leading, rows_of
+
+T = TypeVar("T")
+
+
+def gather_rows(env: Env, values: T, batch: Any) -> T:
+    """What each rank computed for its rows of `batch`, as rows of the whole batch.
+
+    `values` is a tree of tensors with one row a sample, and of lists with one entry a
+    sample (texts, ragged tensors), as computed from a batch of `ax.feed`. Rows that only
+    pad are left out, so every sample comes once, in order, on every rank.
+    Raises DataError for a leaf with another number of rows, CollectiveError for trees
+    that differ over ranks.
+    """
+    marked, here = rows_of(batch), leading(batch)
+    real = marked.rows if marked is not None else here
+    if real is None or here is None:
+        raise DataError(
+            f"gather_rows wants the batch that the values were computed from, got "
+            f"{type(batch).__name__} without a tensor; give it what ax.feed yielded"
+        )
+
+    def listed(node: Any) -> bool:
+        return isinstance(node, list) and len(node) == here  # type: ignore[reportUnknownArgumentType]
+
+    flat = tree.flatten(values, listed)
+    joined = [_joined(env, path, leaf, real, here) for path, leaf in flat]
+    return tree.unflatten(values, joined, listed)
+
+
+def _joined(env: Env, path: str, leaf: Any, real: int, here: int) -> Any:
+    if isinstance(leaf, list):
+        parts = gather_objects(env, leaf[:real])  # type: ignore[reportUnknownArgumentType]
+        return [row for part in parts for row in part]
+    if isinstance(leaf, Tensor) and leaf.dim() and leaf.size(0) == here:
+        return gather(env, leaf[:real])
+    shape = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+    raise DataError(
+        f"gather_rows wants {here} rows in values{path}, got {shape}; give one row or one "
+        "list entry a sample, and use ax.reduce for a number of the whole batch"
+    )
