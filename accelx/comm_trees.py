@@ -37,8 +37,8 @@ def gather(env: Env, tree: Any) -> Any:
 
     Tensors are concatenated on dim 0; ranks may differ in that dim alone. A tensor of
     shape () counts as (1,), so it becomes (world,). Any other leaf becomes a list of
-    the ranks' values. Lists are trees: one of strings gives a list of lists. One process
-    gets the same types. Results are new and carry no gradient.
+    the ranks' values. Lists are trees: one of strings gives a list of lists. One
+    process gets the same types. Results are new and carry no gradient.
     Raises CollectiveError on every rank if the trees do not match.
     """
     here = _told(tree)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import atexit
 import os
+import socket
 import sys
 import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import attrs
 
@@ -50,11 +51,8 @@ def connect(
     env = attrs.evolve(env, axes=lay_out(axes, env.world))
     env = attrs.evolve(env, device=device or _device(env))
     set_device(env.device)
-    if env.world == 1:
-        return env
     backend = backend or env.backend or choose_backend(env.device)
-    env = attrs.evolve(env, backend=backend)
-    _join(env, timeout)
+    env = attrs.evolve(env, backend=_join(env, backend, timeout))
     if len(env.axes) > 1:  # its groups are made together, so not at a random moment
         from accelx.comm import mesh
 
@@ -74,22 +72,25 @@ def _wants_xla() -> bool:
     return "PJRT_DEVICE" in os.environ and find_spec("torch_xla") is not None
 
 
-def _join(env: Env, timeout: float | None) -> None:
+def _join(env: Env, backend: str, timeout: float | None) -> str | None:
+    """Open the group, or take the one that is open; its backend, None without one."""
     import torch.distributed as dist
 
     if dist.is_initialized():
-        _check_open(env)
-        return
+        return _backend_of_open(env)
+    if env.world == 1:
+        return None
     limit = None if timeout is None else timedelta(seconds=timeout)
     store = _store(env, limit)
     dist.init_process_group(
-        env.backend, store=store, rank=env.rank, world_size=env.world, timeout=limit
+        backend, store=store, rank=env.rank, world_size=env.world, timeout=limit
     )
     _meet(env)
     atexit.register(close, env)
+    return backend
 
 
-def _check_open(env: Env) -> None:
+def _backend_of_open(env: Env) -> str:
     import torch.distributed as dist
 
     if (dist.get_rank(), dist.get_world_size()) != (env.rank, env.world):
@@ -98,6 +99,7 @@ def _check_open(env: Env) -> None:
             f"{dist.get_rank()} of {dist.get_world_size()} is open already; write "
             "connect(Env(rank=..., world=...)) as the open one, or destroy it before"
         )
+    return str(dist.get_backend())
 
 
 def _store(env: Env, limit: timedelta | None) -> Any:
@@ -123,14 +125,18 @@ def _store(env: Env, limit: timedelta | None) -> Any:
 def _own_store(env: Env, limit: timedelta | None) -> Any:
     """The server of ranks that meet on this machine, which torch would open to all."""
     where = urlsplit(env.rendezvous)
-    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if not env.main or where.hostname != "127.0.0.1" or served:
+    if not env.main or where.hostname != "127.0.0.1" or _launcher_serves():
         return None
     if where.scheme != "tcp" or sys.platform == "win32":
         return None
     from accelx._torch import loopback_store
 
     return loopback_store(where.port or 0, env.world, limit)
+
+
+def _launcher_serves() -> bool:
+    """Whether torchrun or accelx.spawn serves the store, so that no rank does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _meet(env: Env) -> None:
@@ -146,7 +152,7 @@ def _meet(env: Env) -> None:
 def close(env: Env) -> None:
     """Leave the other ranks: flush what was printed, forget the mesh, close the group.
 
-    No barrier: a rank that failed is not waited for. Safe to call twice, and called at
+    No barrier: a rank that failed waits for nobody. Safe to call twice, and called at
     exit for a group that `connect` opened.
     """
     import torch.distributed as dist
@@ -156,10 +162,9 @@ def close(env: Env) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     forget_meshes()
-    if env.world == 1 or not dist.is_initialized():
+    if not dist.is_initialized():
         return
-    if not _failing():
-        _say_goodbye(env)
+    _say_goodbye(env, wait=env.main and not _failing())
     dist.destroy_process_group()
 
 
@@ -167,18 +172,28 @@ def _failing() -> bool:
     return sys.exc_info()[0] is not None or getattr(sys, "last_value", None) is not None
 
 
-def _say_goodbye(env: Env) -> None:
+def _say_goodbye(env: Env, wait: bool) -> None:
     """The rank that serves the store leaves last: nobody talks to a closed one."""
     from accelx._torch import default_store, store_errors
 
-    if not (env.rendezvous or "").startswith("tcp://"):
+    where = urlsplit(env.rendezvous or "")
+    if where.scheme != "tcp" or _launcher_serves() or not _answers(where):
         return
     try:
         store = default_store()
         left = store.add("accelx/left", 1)
         deadline = time.monotonic() + GOODBYE
-        while env.main and left < env.world and time.monotonic() < deadline:
+        while wait and left < env.world and time.monotonic() < deadline:
             time.sleep(0.002)
             left = store.add("accelx/left", 0)
     except store_errors():  # the store went with its rank or launcher, who failed
         return
+
+
+def _answers(where: SplitResult) -> bool:
+    """Whether the store is still served; torch's own client would log a dead one."""
+    try:
+        socket.create_connection((where.hostname or "", where.port or 0), 1.0).close()
+    except OSError:
+        return False
+    return True

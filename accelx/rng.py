@@ -16,7 +16,7 @@ LAST = 2**63 - 1  # what torch takes on every device
 def seed(env: Env, n: int, per_rank: bool = False) -> None:
     """Start the global generators of Python, NumPy and torch from `n`.
 
-    The same `n` on all ranks, so that they make the same weights; with `per_rank` rank r
+    The same on all ranks, so that they make the same weights; with `per_rank` rank r
     starts from `n + r`, for noise that differs. torch's covers the CPU and every
     device; NumPy's is set (to `n` modulo 2**32) if NumPy is imported by now. These
     generators are global: this is an effect on the whole process.

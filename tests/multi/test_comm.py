@@ -1,4 +1,4 @@
-"""Collectives over trees give on any number of ranks what plain Python gives on lists."""
+"""Collectives over trees give on any number of ranks what Python gives on lists."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_reduce_of_complex_bools_and_large_integers_is_exact():
 
 @pytest.mark.parametrize("op", JUDGES)
 def test_a_mean_adds_whatever_the_op(op):
-    """The mean over ranks is that of all samples; the mean of the ranks' means is not."""
+    """The mean over ranks is that of all samples; the mean of rank means is not."""
 
     def fn(env):
         values = torch.arange(env.rank + 1.0) + 5 * env.rank
@@ -351,7 +351,7 @@ def test_main_goes_first(tmp_path):
     assert run(3)(fn)() == [False, True, True]
 
 
-class Odd(Exception):
+class OddError(Exception):
     """Pickle cannot make it again: it wants two arguments and keeps one."""
 
     def __init__(self, a, b):
@@ -375,7 +375,7 @@ def test_a_body_that_fails_on_main_fails_everywhere():
         ("OSError: disk full", [0], 2),
         ("OSError: disk full", [], 2),
     ]
-    _, (told, ran, _) = run(2, timeout=30)(fn)(Odd("what it said", 1))
+    _, (told, ran, _) = run(2, timeout=30)(fn)(OddError("what it said", 1))
     assert "CollectiveError" in told
     assert "what it said" in told
     assert not ran

@@ -96,7 +96,7 @@ def test_exits_and_results_without_pickle_are_failures():
 
 
 def test_a_child_of_a_rank_does_not_hold_the_result_back():
-    """A grandchild that outlives its rank keeps the pipe open, and nobody waits for it."""
+    """A grandchild that outlives its rank holds the pipe, and nobody waits for it."""
 
     def fn(env):
         child = os.fork()
