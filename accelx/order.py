@@ -51,7 +51,8 @@ def _repaired(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
 
 
 def _clash(one: Pass, other: Pass) -> bool:
-    if one.name == other.name and any(r.once for r in (*one.rules, *other.rules)):
+    both = (*one.rules, *other.rules)
+    if one.name == other.name and any(r.once or one.name in r.after for r in both):
         return True
     return any(other.name in r.excludes for r in one.rules) or any(
         one.name in r.excludes for r in other.rules
@@ -59,13 +60,15 @@ def _clash(one: Pass, other: Pass) -> bool:
 
 
 def _sorted(passes: list[Pass]) -> list[Pass]:
-    """Stable topological order by `after`; a circle of rules is left as it stands."""
+    """Stable topological order by `after`; of a circle of rules the last is dropped."""
     left, done = list(passes), list[Pass]()
     while left:
         names = [p.name for p in left]
-        ready = next((p for p in left if not _waits(p, names)), left[0])
-        left = [p for p in left if p is not ready]
-        done.append(ready)
+        ready = next((p for p in left if not _waits(p, names)), None)
+        gone = left[-1] if ready is None else ready
+        left = [p for p in left if p is not gone]
+        if ready is not None:
+            done.append(ready)
     return done
 
 
