@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ def code(name: str, record: attrs.AttrsInstance) -> str:
 def _literal(value: object) -> str:
     if callable(value) and hasattr(value, "__qualname__"):
         return str(value.__qualname__)  # functions and classes print as their name
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"float('{value}')"
     return repr(value)
 
 
