@@ -1,0 +1,201 @@
+"""L4: a neutral pass leaves the run of one process, one batch and torch alone."""
+
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import accelx as ax
+from accelx import testing
+from tests.laws import training as t
+
+pytestmark = [
+    pytest.mark.multi,
+    # torch says it of any model that ends in a Linear over three dimensions
+    pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning"),
+]
+WORLDS = (1, 2, 3, 4)
+MICROBATCHES = (1, 2, 3, 5)
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
+LOSSES = {"bare": t.bare, "masked": t.masked}
+BLOCKS = "layers.*"
+
+
+def cases():
+    """(kind, microbatches, loss, dtype, given, split, optimizers) that a world runs."""
+    found = []
+    grid = product(("ddp", "fsdp2"), MICROBATCHES, LOSSES, TOLERANCE)
+    for i, (kind, n, loss, dtype) in enumerate(grid):
+        if dtype is torch.float32 and i % 8 in (1, 7):
+            continue  # fp64 sees more than fp32: every loss and number in that
+        given = "function" if (i // 2 + i // 16) % 2 else "module"
+        split = "lopsided" if i % 5 == 4 else "even"
+        optim = "pair" if i % 7 == 6 else "grouped"
+        found.append((kind, n, loss, dtype, given, split, optim))
+    return found
+
+
+def label(case):
+    """A name for a case."""
+    return "-".join(str(x).removeprefix("torch.") for x in case)
+
+
+@cache
+def judge(loss, dtype, optim):
+    """The run by hand that a case is held to."""
+    data = t.batches(dtype=dtype)
+    return t.by_hand(t.made(dtype), LOSSES[loss], getattr(t, optim), data)
+
+
+def run_case(env, case):
+    """How far one case lies from its judge on this rank."""
+    kind, n, loss, dtype, given, split, optim = case
+    tx = ax.chain(
+        ax.shard_model(env, kind, blocks=BLOCKS),
+        ax.accumulate(n),
+        ax.clip(t.LIMIT),
+        ax.with_schedule(t.curve),
+    )
+    make = t.made(dtype)
+    model = make if given == "function" else make()
+    data = t.batches(dtype=dtype)
+    how = getattr(t, split)
+    run = t.train(tx, env, model, LOSSES[loss], getattr(t, optim), data, how)
+    return t.apart(judge(loss, dtype, optim), run, env.rank, env.world)
+
+
+def fed(env, kind, n):
+    """The gap of a run over ax.feed, in order and with a short last batch."""
+    whole = t.batches(rows=(12,))[0]
+    data = [tuple(x[low : low + 5] for x in whole) for low in (0, 5, 10)]
+    loader = DataLoader(TensorDataset(*whole), batch_size=5)
+    tx = ax.chain(
+        ax.shard_model(env, kind, blocks=BLOCKS),
+        ax.shard_loader(env),
+        ax.accumulate(n),
+        ax.clip(t.LIMIT),
+        ax.with_schedule(t.curve),
+    )
+    state = ax.init(tx, t.made(), t.grouped)
+    step, trace = ax.step(tx, t.bare), []
+    for batch in ax.feed(tx, loader, stop=3):
+        state, out = step(state, batch)
+        trace.append(t.Step(float(out.loss), out.norm.item(), t.weights(state.model)))
+    judge = t.by_hand(t.made(), t.bare, t.grouped, data)
+    return t.apart(judge, trace, env.rank, env.world)
+
+
+def unmarked(env, loss):
+    """The gap of batches of 2 * world rows that nobody marked: rows are counted."""
+    data = t.batches(rows=(2 * env.world,))
+    mine = [tuple(x[2 * env.rank : 2 * env.rank + 2] for x in data[0])]
+    tx = ax.chain(ax.shard_model(env), ax.clip(t.LIMIT), ax.with_schedule(t.curve))
+    state = ax.init(tx, t.made(), t.grouped)
+    state, out = ax.step(tx, loss)(state, mine[0])
+    trace = [t.Step(float(out.loss), out.norm.item(), t.weights(state.model))]
+    return t.apart(t.by_hand(t.made(), loss, t.grouped, data), trace)
+
+
+def unsynchronised(env):
+    """The gap of ranks that each train by themselves: what must not pass."""
+    judge = t.by_hand(t.made(), t.bare, t.grouped, t.batches())
+    alone = [t.part(env, batch) for batch in t.batches()]
+    run = t.by_hand(t.made(), t.bare, t.grouped, alone)
+    return t.apart(judge, run)
+
+
+def mean_of_means(env, kind, n):
+    """The gap of a loss that takes each part's own mean: what must not pass."""
+    tx = ax.chain(
+        ax.shard_model(env, kind, blocks=BLOCKS),
+        ax.accumulate(n),
+        ax.clip(t.LIMIT),
+        ax.with_schedule(t.curve),
+    )
+    run = t.train(tx, env, t.made(), t.mean_of_means, t.grouped, t.batches())
+    judge = t.by_hand(t.made(), t.masked, t.grouped, t.batches())
+    return t.apart(judge, run, env.rank, env.world)
+
+
+EXACT = {
+    "fed-ddp": lambda env: fed(env, "ddp", 1),
+    "fed-ddp-3": lambda env: fed(env, "ddp", 3),
+    "fed-fsdp2-2": lambda env: fed(env, "fsdp2", 2),
+    "unmarked-bare": lambda env: unmarked(env, t.bare),
+    "unmarked-masked": lambda env: unmarked(env, t.masked),
+}
+CONTROLS = {
+    "mean-of-means-ddp": lambda env: mean_of_means(env, "ddp", 2),
+    "mean-of-means-fsdp2": lambda env: mean_of_means(env, "fsdp2", 2),
+}
+
+
+@cache
+def gaps(world):
+    """Every case on `world` ranks, in one launch: of each rank, {case: gap}."""
+    for case in cases():
+        judge(case[2], case[3], case[6])  # before the fork, for all ranks at once
+    others = EXACT | CONTROLS | ({"unsynchronised": unsynchronised} if world > 1 else {})
+
+    def rank(env):
+        found = {case: run_case(env, case) for case in cases()}
+        return found | {name: run(env) for name, run in others.items()}
+
+    return testing.run(world, timeout=150)(rank)()
+
+
+@pytest.mark.parametrize("case", cases(), ids=label)
+@pytest.mark.parametrize("world", WORLDS)
+def test_any_placement_makes_the_run_of_one_process(world, case):
+    """Every loss, norm and parameter after every step is that of the hand-written loop."""
+    found = [rank[case] for rank in gaps(world)]
+    assert max(found) < TOLERANCE[case[3]], found
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("world", WORLDS)
+def test_so_do_other_sources_of_batches(world, name):
+    """Rows from ax.feed, and batches that carry no mark, are weighed alike."""
+    found = [rank[name] for rank in gaps(world)]
+    assert max(found) < 1e-12, found
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+@pytest.mark.parametrize("world", WORLDS)
+def test_control_the_mean_of_means_is_another_run(world, name):
+    """The comparison sees a loss that each part divides by its own tokens."""
+    assert min(rank[name] for rank in gaps(world)) > 1e-3
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_control_ranks_by_themselves_are_another_run(world):
+    """The comparison sees ranks whose gradients were never reduced."""
+    assert min(rank["unsynchronised"] for rank in gaps(world)) > 1e-3
+
+
+ENV = ax.Env()
+FACTORIES = {  # one call of each public factory of passes
+    "accumulate": lambda: ax.accumulate(2),
+    "clip": lambda: ax.clip(1.0),
+    "clip_value": lambda: ax.clip_value(1.0),
+    "shard_loader": lambda: ax.shard_loader(ENV),
+    "shard_model": lambda: ax.shard_model(ENV),
+    "with_precision": lambda: ax.with_precision("fp16"),
+    "with_schedule": lambda: ax.with_schedule(t.curve),
+}
+COVERED = {"accumulate", "shard_loader", "shard_model"}  # by the cases above
+
+
+def test_every_factory_of_passes_is_looked_at():
+    """A new file of passes/ has a call here, so that its claim is seen."""
+    folder = Path(ax.__file__).parent / "passes"
+    assert {f.stem for f in folder.glob("[a-z]*.py")} == set(FACTORIES)
+
+
+def test_every_pass_that_claims_to_be_neutral_has_a_case():
+    """The claim is what the comparison above was made for, and no more is claimed."""
+    claims = {n for n, make in FACTORIES.items() if any(p.neutral for p in make())}
+    assert claims == COVERED
