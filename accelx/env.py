@@ -53,7 +53,7 @@ def connect(
     set_device(env.device)
     backend = backend or env.backend or choose_backend(env.device)
     env = attrs.evolve(env, backend=_join(env, backend, timeout))
-    if len(env.axes) > 1:  # its groups are made together, so not at a random moment
+    if env.backend and len(env.axes) > 1:  # its groups are made together, so not at a random moment
         from accelx.comm import mesh
 
         mesh(env)

@@ -104,6 +104,18 @@ def test_fifty_starts_in_a_row_end_clean(tmp_path):
         assert programs(bodies[start % 5], folder) == [(0, ""), (0, "")], start
 
 
+def test_ranks_that_leave_at_once_break_no_other(tmp_path):
+    """The first of four to connect waits for the last; without that this hangs."""
+
+    def body():
+        connect(device="cpu")
+
+    for start in range(6):
+        folder = tmp_path / str(start)
+        folder.mkdir()
+        assert programs(body, folder, world=4) == [(0, "")] * 4
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_failure_ends_the_program_and_hangs_nobody(tmp_path, rank):
     """The rank that failed says why, with code 1; the other leaves at its own end."""

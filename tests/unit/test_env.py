@@ -447,6 +447,7 @@ def test_one_process_opens_no_group(monkeypatch):
     before = dict(os.environ)
     env = connect(Env(), device="cpu")
     assert env == connect(env) == connect(Env(), device="cpu")
+    assert len(connect(Env(), device="cpu", axes="a=1,b=-1").axes) == 2
     assert (env.axes, env.backend) == ((Axis("data", 1),), None)
     assert not dist.is_initialized()
     assert dict(os.environ) == before
