@@ -17,6 +17,7 @@ from typing import Any
 from accelx.errors import SpawnError
 from accelx.launch import environ
 from accelx.launch.failure import loads
+from accelx.launch.tether import die_with
 
 MAIN = (
     "__mp_main__"  # the caller's main module, under the name multiprocessing gives it
@@ -82,8 +83,6 @@ def check_not_loading() -> None:
 
 def enter(folder: str) -> None:
     """In the launcher: take over the caller's module path, and end with the caller."""
-    from accelx.launch.rank import die_with
-
     note = json.loads((Path(folder) / "call.json").read_text())
     sys.path[:], sys.argv[:] = note["path"], note["argv"]
     die_with(note["parent"], signal.SIGTERM)

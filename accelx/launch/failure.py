@@ -66,9 +66,7 @@ def died(rank: int, status: int, stack: str) -> Failure | None:
     if code == 0:
         return None
     if code > 0:
-        summary = (
-            f"it left by os._exit({code}), or native code's exit, without a traceback"
-        )
+        summary = f"os._exit({code}), or native code's exit, without a traceback"
         return Failure(rank, now, "exit", summary, code, stack)
     number = signal.Signals(-code)
     reading = SIGNALS.get(number)

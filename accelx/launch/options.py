@@ -66,43 +66,29 @@ def _parser() -> argparse.ArgumentParser:
         description="Start a script as N ranks on this machine.",
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add(
-        "-n",
-        required=True,
-        type=num_ranks,
-        metavar="N",
-        help="number of ranks: 8, or auto",
-    )
-    kind = parser.add_mutually_exclusive_group()
-    kind.add_argument(
-        *("-m", "--module"),
-        action="store_const",
-        dest="kind",
-        const="module",
-        help="the script is named as a module, as in python -m package.module",
-    )
-    kind.add_argument(
-        *("--call",),
-        action="store_const",
-        dest="kind",
-        const="call",
-        help=argparse.SUPPRESS,
-    )
-    add(
-        "--log-dir",
-        metavar="DIR",
-        help="also write each rank's output to DIR/rank-0.log",
-    )
-    add("--prefix", action="store_true", help="start each line of output with [rank]")
-    add("--print", action="store_true", help="show every setting and start nothing")
-    add(
-        *("--grace",),
-        type=seconds,
-        metavar="S",
-        help=f"seconds from a stop signal to SIGKILL, {GRACE:g} by default",
-    )
-    add("--no-bind", action="store_true", help="leave the ranks' CPU affinity alone")
-    add("target", metavar="script", help="a Python file, or a module after -m")
-    add("args", nargs=argparse.REMAINDER, help="handed to the script as they are")
+    say = parser.add_argument
+    count = "number of ranks: 8; auto is one per GPU, or per NUMA node"
+    say("-n", required=True, type=num_ranks, metavar="N", help=count)
+    _add_kinds(parser)
+    say("--log-dir", metavar="DIR", help="also write rank 0's output to DIR/rank-0.log")
+    say("--prefix", action="store_true", help="start each line of output with [rank]")
+    say("--print", action="store_true", help="show every setting and start nothing")
+    wait = f"seconds from a request to stop until SIGKILL, by default {GRACE:g}"
+    say("--grace", type=seconds, metavar="S", help=wait)
+    cores = "give each rank cores of its own; auto: where each gets two or more"
+    say("--bind", choices=("auto", "always", "never"), help=cores)
+    say("target", metavar="script", help="a Python file, or a module after -m")
+    say("args", nargs=argparse.REMAINDER, help="handed to the script as they are")
     return parser
+
+
+def _add_kinds(parser: argparse.ArgumentParser) -> None:
+    kind = parser.add_mutually_exclusive_group()
+    for flags, text in (
+        (("-m", "--module"), "the script is named as in python -m package.module"),
+        (("--call",), argparse.SUPPRESS),  # a folder that `spawn` has written
+    ):
+        const = flags[-1].removeprefix("--")
+        kind.add_argument(
+            *flags, action="store_const", dest="kind", const=const, help=text
+        )

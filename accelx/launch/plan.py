@@ -28,7 +28,7 @@ class Asked:
     prefix: bool = False
     show: bool = False
     grace: float | None = None  # seconds; None where the command line is silent
-    bind: bool = True
+    bind: Literal["auto", "always", "never"] | None = None
 
 
 @attrs.frozen
@@ -64,7 +64,7 @@ def asked_for(given: argparse.Namespace) -> Asked:
         prefix=given.prefix,
         show=given.print,
         grace=given.grace,
-        bind=not given.no_bind,
+        bind=given.bind,
     )
 
 
@@ -215,22 +215,42 @@ def _bound(
     ranks: int,
     threads: int,
 ) -> tuple[tuple[tuple[int, ...], ...], Setting]:
-    placed = [name for name in PLACED_BY if environ.get(name)]
     split = shares(machine.cpus, ranks)
-    if not asked.bind:
-        return (), Setting("cpus", "shared", "command line: --no-bind")
-    if placed:
-        return (), Setting("cpus", "shared", f"environment: {placed[0]} places threads")
-    if machine.system != "linux" or ranks == 1:
-        return (), Setting("cpus", "shared", "default: nothing to divide here")
-    if not split:
-        return (), Setting("cpus", "shared", "default: more ranks than cores")
-    if threads > min(map(len, split)):
-        return (), Setting(
-            "cpus", "shared", f"default: {threads} threads need more each"
+    why = _why_shared(asked, environ, machine, ranks, threads)
+    if why is not None:
+        return (), Setting("cpus", "shared", why)
+    if not split or machine.system != "linux":
+        raise SpawnError(
+            f"--bind always wants a core for each of {ranks} ranks, got "
+            f"{len(cores(machine.cpus))} cores on {machine.system}; write --bind auto"
         )
     text = ", ".join(f"{rank}: {_ranges(cpus)}" for rank, cpus in enumerate(split))
-    return tuple(split), Setting("cpus", text, "default: whole cores, divided")
+    source = "default: auto" if asked.bind is None else f"command line: {asked.bind}"
+    return tuple(split), Setting("cpus", text, f"{source}, whole cores")
+
+
+def _why_shared(
+    asked: Asked,
+    environ: Mapping[str, str],
+    machine: Machine,
+    ranks: int,
+    threads: int,
+) -> str | None:
+    """Why ranks are not bound to cores; None where they are."""
+    if asked.bind == "never":
+        return "command line: never"
+    if asked.bind == "always":
+        return None
+    each = len(cores(machine.cpus)) // ranks
+    placed = [name for name in PLACED_BY if environ.get(name)]
+    if placed:
+        return f"environment: {placed[0]} places threads"
+    if ranks == 1 or machine.system != "linux":
+        return "default: nothing to divide"
+    if each < max(2, threads):
+        # One core would hold a rank's loader workers and its own thread at once.
+        return f"default: cores per rank: {each}; bound from {max(2, threads)}"
+    return None
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import gc
 import os
@@ -17,9 +16,8 @@ import attrs
 from accelx.launch import call, environ, target
 from accelx.launch.failure import Failure, dumps, raised, remember
 from accelx.launch.plan import Plan, rank_variables
+from accelx.launch.tether import die_with
 from accelx.launch.watch import let_signals
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @attrs.frozen
@@ -50,15 +48,6 @@ def be(plan: Plan, birth: Birth, code: CodeType | None) -> int:
     if plan.asked.kind == "call":
         return _told(birth, lambda: call.run(plan.asked.target, birth.rank))
     return _told(birth, lambda: target.run(plan.asked, code))
-
-
-def die_with(parent: int, number: signal.Signals) -> None:
-    """Have the kernel send signal `number` here when the process `parent` ends."""
-    if sys.platform != "linux":
-        return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
-    if os.getppid() != parent:  # it ended before the call
-        os.kill(os.getpid(), number)
 
 
 def _told(birth: Birth, program: Callable[[], None]) -> int:

@@ -76,14 +76,13 @@ def _refused(asked: Asked, error: SpawnError) -> int:
 
 
 def _launch(plan: Plan, code: CodeType | None) -> int:
-    environ.write(
-        plan.exports
-    )  # before torch is imported, which reads some of them once
+    logs = open_logs(plan)
+    environ.write(plan.exports)  # torch reads some of them once, when imported
     _import_torch()
     door = socket.create_server(("127.0.0.1", 0), backlog=1024)
     run = Run(plan, [], [])
     hold_signals()
-    for number, log in enumerate(open_logs(plan)):
+    for number, log in enumerate(logs):
         born = _fork(run, number, door, log)
         if born is not None:
             return be(plan, born, code)
@@ -94,7 +93,6 @@ def _import_torch() -> None:
     """Once, for all ranks. The collector would look at what is never freed: 0.1 s."""
     gc.disable()
     import_module("torch.distributed")
-
     gc.freeze()  # a collection in a rank does not touch, and so copy, these objects
 
 

@@ -90,7 +90,7 @@ def _check_script(target: str) -> None:
     instead = (
         f"did you mean {near}?" if near else f"nothing like it is in {path.parent}/"
     )
-    if _found(target):
+    if not near and _found(target):
         instead = f"write -m {target} for the module of that name"
     raise SpawnError(f"a Python file is wanted, {target!r} is not there; {instead}")
 

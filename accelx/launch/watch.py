@@ -177,11 +177,11 @@ def _ended(run: Run, rank: Rank, status: int) -> None:
     rank.code = silent.code if silent else 0
     if rank.failure is None and not by_request:
         rank.failure = silent
-    if rank.failure is not None and run.asked is not None and not _grave(rank.failure):
-        rank.failure = None  # ended as it was asked to
     log = next((s.log for s in run.streams if s.rank == rank.number), None)
     if log is not None and rank.failure is not None:
         log.write(f"{rank.failure.text or rank.failure.summary}\n".encode())
+    if rank.failure is not None and run.asked is not None and not _grave(rank.failure):
+        rank.failure = None  # ended as it was asked to
 
 
 def _grave(failure: Failure) -> bool:

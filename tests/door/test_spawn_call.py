@@ -1,0 +1,88 @@
+"""`spawn(fn, n=2)` from a program: results, failures, and what cannot be sent."""
+
+import importlib
+import os
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+
+import accelx as ax
+from tests.door.spawning import SCRIPTS, program
+
+pytestmark = pytest.mark.door
+
+
+def call(case):
+    """What calls.py says of one case; nothing may be left in the temporary folder."""
+    done = program(SCRIPTS / "calls.py", case)
+    assert done.stderr == ""
+    return done.stdout
+
+
+def place(word):
+    """What a rank of a call knows; a function of an imported module."""
+    return word, os.environ["RANK"], os.environ["WORLD_SIZE"]
+
+
+def test_results_come_back_in_the_order_of_ranks():
+    """Tensors and objects of the program's own types, through a collective."""
+    assert call("good") == "[(1.5, True, 0), (1.5, True, 1)]\n"
+
+
+def test_the_failing_ranks_traceback_comes_back():
+    """Which rank, which line; in the error, not beside it on the screen."""
+    said = call("bad")
+    assert "SpawnError: rank 1 failed: LookupError: nothing under that name" in said
+    assert 'calls.py", line' in said
+    assert said.rstrip().endswith("LookupError: nothing under that name")
+
+
+def test_a_time_limit_names_who_was_late():
+    """The rank that had returned is not named."""
+    assert "within 8 s, but rank 1 had not" in call("slow")
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("lambda", "cannot be sent.*write it as a function at the top of a module"),
+        ("unsendable", "a function cannot be sent.*return plain data"),
+        ("none", "1 or more, got 0; write n=2"),
+    ],
+)
+def test_what_cannot_be_sent_is_told_the_remedy(case, said):
+    """Functions without an importable name, results that pickle refuses, no ranks."""
+    import re
+
+    assert re.search(f"SpawnError.*{said}", call(case))
+
+
+def test_a_program_without_a_guard_is_told_so():
+    """No ranks of ranks: the line to add is named."""
+    done = program(SCRIPTS / "unguarded.py")
+    assert done.returncode == 1
+    assert 'put it under `if __name__ == "__main__":`' in done.stderr
+    assert "unguarded.py" in done.stderr
+
+
+def test_a_program_with_threads_may_call_and_nothing_is_left():
+    """Nothing is forked from the caller; the folder of the call is removed."""
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait)
+    thread.start()
+    before = set(Path(tempfile.gettempdir()).glob("accelx-spawn-*"))
+    results = ax.spawn(place, "here", n=2)
+    stop.set()
+    thread.join()
+    assert results == [("here", "0", "2"), ("here", "1", "2")]
+    assert set(Path(tempfile.gettempdir()).glob("accelx-spawn-*")) <= before
+
+
+def test_the_module_is_callable_too():
+    """`accelx.spawn` is a function and a program, whichever way it was imported."""
+    module = importlib.import_module("accelx.spawn")
+    with pytest.raises(ax.SpawnError, match="1 or more, got 'x'"):
+        module(place, n="x")
+    assert module.spawn is ax.spawn

@@ -1,0 +1,145 @@
+"""How a run of several ranks ends, well or badly, and what it leaves behind."""
+
+import json
+import re
+import signal
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.door.spawning import begin, launch
+
+pytestmark = pytest.mark.door
+HOST = socket.gethostname()
+
+
+def runs(pid):
+    """Whether a process is there and is no zombie."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def gone(pids, seconds=5.0):
+    """Whether all these processes end soon."""
+    limit = time.monotonic() + seconds
+    while any(map(runs, pids)) and time.monotonic() < limit:
+        time.sleep(0.02)
+    return not any(map(runs, pids))
+
+
+@pytest.mark.parametrize(
+    ("way", "code", "said"),
+    [
+        ("raise", 1, "ZeroDivisionError: division by zero"),
+        ("exit", 3, "sys.exit(3)"),
+        ("words", 1, "sys.exit('no data in here')"),
+        ("_exit", 7, "os._exit(7), or native code's exit, without a traceback"),
+        ("kill", 137, "killed by SIGKILL (out of memory, or kill -9)"),
+        ("fault", 139, "killed by SIGSEGV (a fault in native code)"),
+    ],
+)
+def test_the_first_failing_rank_has_the_last_word(way, code, said):
+    """Its rank, host and reason, once; the others' echoes are not shown."""
+    done = launch("-n", 3, "ends.py", way, 1)
+    assert done.returncode == code
+    lines = done.stderr.splitlines()
+    assert lines[0] == f"rank 1 on {HOST} failed: {said}"
+    assert lines[-1] == "2 ranks stopped because of it"
+    assert "closed by peer" not in done.stderr
+    traced = 'ends.py", line' in done.stderr
+    assert traced == (way in ("raise", "fault"))
+    assert "accelx" not in done.stderr  # its own frames say nothing
+    assert gone([int(done.stdout)]), "what the rank started has outlived it"
+
+
+def test_a_rank_that_left_early_is_named():
+    """Exit code 0 of one rank is what the others' lost connection comes from."""
+    done = launch("-n", 2, "ends.py", "early", 1)
+    assert done.returncode == 1
+    assert "rank 0 on" in done.stderr
+    assert "closed by peer" in done.stderr
+    assert done.stderr.splitlines()[-1] == "rank 1 had ended before, with exit code 0"
+
+
+def test_ranks_that_do_not_heed_are_killed():
+    """After a failure comes SIGTERM, then SIGKILL; the reason stays the first."""
+    done = launch("-n", 3, "--grace", 0.5, "stuck.py")
+    assert done.returncode == 1
+    assert "rank 0 has had enough" in done.stderr
+    assert "2 ranks stopped because of it" in done.stderr
+    assert "ranks 1, 2 did not end in time and had to be killed" in done.stderr
+    assert gone(map(int, done.stdout.split()))
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_reaches_each_rank_once(name):
+    """Handled by the ranks it ends well, also if it is repeated at once."""
+    process, _ = begin("-n", 2, "signals.py", "count", lines=2)
+    for _ in range(2):  # as from a terminal and from a wrapper around the launcher
+        process.send_signal(signal.Signals[name])
+    out, errors = process.communicate(timeout=30)
+    assert out.splitlines() == [f"got {name}"] * 2
+    assert process.returncode == 0
+    assert errors.splitlines()[1:] == []
+
+
+@pytest.mark.parametrize(
+    ("how", "name", "code"),
+    [("default", "SIGINT", 130), ("default", "SIGTERM", 143), ("choose", "SIGTERM", 5)],
+)
+def test_the_exit_code_says_how_ranks_took_a_signal(how, name, code):
+    """128 + signal where it ended them, or the code that they chose; no traceback."""
+    process, _ = begin("-n", 2, "signals.py", how, lines=2)
+    process.send_signal(signal.Signals[name])
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert re.fullmatch(f"accelx.spawn: {name}: waiting up to 30 s .*\n", errors)
+
+
+def test_sigusr1_is_passed_on_and_the_second_ctrl_c_kills():
+    """A notice ends nothing; an impatient user is not kept waiting for the grace."""
+    process, lines = begin("-n", 2, "signals.py", "ignore", lines=2)
+    process.send_signal(signal.SIGUSR1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.2)  # less than a second apart they would be one
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Ctrl-C again" in errors
+    assert "had to be killed" in errors
+    assert gone([int(line.split()[1]) for line in lines])
+
+
+def test_a_killed_launcher_leaves_no_ranks():
+    """The kernel ends them: nobody is there to do it."""
+    process, lines = begin("-n", 2, "signals.py", "default", lines=2)
+    pids = [int(line.split()[1]) for line in lines]
+    assert all(map(runs, pids))
+    process.kill()
+    process.communicate(timeout=30)
+    assert gone(pids)
+
+
+def test_starts_are_clean_also_beside_each_other():
+    """Fifteen starts of two ranks, five at a time: exit code 0, nothing on stderr."""
+    every = [("-n", 2, "meet.py")] * 15
+    with ThreadPoolExecutor(5) as pool:
+        done = list(pool.map(lambda words: launch(*words, timeout=150), every))
+    assert [(run.returncode, run.stderr) for run in done] == [(0, "")] * 15
+
+
+def test_the_failure_is_kept_beside_the_logs(tmp_path):
+    """failure.json is the screen's last word for programs; the logs have the echoes."""
+    logs = tmp_path / "a" / "logs"
+    done = launch("-n", 2, "--log-dir", logs, "ends.py", "raise", 1)
+    assert done.returncode == 1
+    failure = json.loads((logs / "failure.json").read_text())
+    assert (failure["rank"], failure["code"], failure["kind"]) == (1, 1, "exception")
+    assert "ZeroDivisionError" in failure["text"]
+    assert "ZeroDivisionError" in (logs / "rank-1.log").read_text()
+    assert "closed by peer" in (logs / "rank-0.log").read_text()
+    assert "closed by peer" not in done.stderr
