@@ -53,7 +53,8 @@ def connect(
     set_device(env.device)
     backend = backend or env.backend or choose_backend(env.device)
     env = attrs.evolve(env, backend=_join(env, backend, timeout))
-    if env.backend and len(env.axes) > 1:  # its groups are made together, so not at a random moment
+    if env.backend and len(env.axes) > 1:
+        # Its groups are made by all ranks together, so not at a random moment.
         from accelx.comm import mesh
 
         mesh(env)
