@@ -116,6 +116,10 @@ def fork(state: State) -> State:
     model, optimizers, slots = copy.deepcopy(
         (state.model, state.optimizers, dict(state.slots))
     )
+    pairs = zip(state.model.parameters(), model.parameters(), strict=True)
+    for theirs, ours in pairs:  # deepcopy leaves the gradients of weights out
+        if theirs.grad is not None:
+            ours.grad = theirs.grad.detach().clone()
     return attrs.evolve(
         state,
         model=model,
