@@ -12,11 +12,7 @@ import accelx as ax
 from accelx import testing
 from tests.laws import training as t
 
-pytestmark = [
-    pytest.mark.multi,
-    # torch says it of any model that ends in a Linear over three dimensions
-    pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning"),
-]
+pytestmark = [pytest.mark.multi, t.quiet_views]
 WORLDS = (1, 2, 3, 4)
 MICROBATCHES = (1, 2, 3, 5)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}

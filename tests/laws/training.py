@@ -6,7 +6,9 @@ The first way is the judge of the second: one process, whole batches, no accelx 
 from __future__ import annotations
 
 import attrs
+import pytest
 import torch
+import torch._dynamo  # optimizers import it when first made
 import torch.distributed.fsdp  # ranks are forked: once here, not once in each
 from torch import nn
 from torch.nn import functional as F
@@ -14,6 +16,10 @@ from torch.nn import functional as F
 import accelx as ax
 from accelx.rows import mark
 
+# torch says it of any model that ends in a Linear over three dimensions
+quiet_views = pytest.mark.filterwarnings(
+    "ignore:FSDP2-wrapped module .* returned a view:UserWarning"
+)
 WIDTH, TOKENS, LENGTH = 6, 11, 4
 ROWS = (5, 1, 7)  # of each step's batch: fewer than ranks, too
 LIMIT, RATE = 0.9, 1e-2
@@ -226,3 +232,30 @@ def apart(judge, run, rank=0, world=1):
             if ours.numel():
                 worst = max(worst, (ours - theirs).abs().max().item())
     return worst
+
+
+KINDS = ("plain", "ddp", "fsdp2")
+
+
+def ranks(kind):
+    """How many ranks a kind is tried on."""
+    return 1 if kind == "plain" else 2
+
+
+def placing(env, kind, **options):
+    """The transform that places `Net` as `kind`."""
+    if kind == "plain":
+        return ax.identity
+    return ax.shard_model(env, kind, blocks="layers.*", **options)
+
+
+def pipeline(env, kind, *rest, **options):
+    """A placed chain with clip and a schedule, as `by_hand` trains."""
+    place = placing(env, kind, **options)
+    return ax.chain(place, *rest, ax.clip(LIMIT), ax.with_schedule(curve))
+
+
+def same(one, other):
+    """Whether two sets of weights are equal to the bit."""
+    assert one.keys() == other.keys()
+    return all(torch.equal(one[n], other[n]) for n in one)
