@@ -79,6 +79,20 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if isinstance(m, FSDPModule)]
 
 
+def fsdp_forget(model: nn.Module) -> None:
+    """Drop gradients that wait in FSDP modules for a reduction that will not come."""
+    for module in fsdp_modules(model):
+        state = module._get_fsdp_state()
+        # 2.13 allows several groups a module; before, there was one or None
+        groups = getattr(state, "_fsdp_param_groups", None)
+        for group in [state._fsdp_param_group] if groups is None else groups:
+            for p in [] if group is None else group.fsdp_params:
+                p.unsharded_accumulated_grad = None
+                if hasattr(p, "_unsharded_param"):
+                    p._unsharded_param.grad = None
+        module.reshard()
+
+
 def prefixed(prefix: str, store: Any) -> Any:
     """A view of `store` that puts `prefix` before each key."""
     from torch.distributed import PrefixStore

@@ -96,6 +96,7 @@ def _sharded(model: nn.Module, plan: Plan, blank: Any) -> Placed:
         unused=plan.unused,
         fork=copies.forker(blank, again),
         rest=rest,
+        forget=lambda: _torch.fsdp_forget(model),
     )
 
 

@@ -45,6 +45,7 @@ class Placed:
     unused: str = "error"
     fork: Callable[[State], State] | None = None
     rest: Callable[[], None] = lambda: None  # make parameters what optimizers see
+    forget: Callable[[], None] = lambda: None  # drop what a failed backward left
 
 
 def engine_of(state: State) -> Engine:
