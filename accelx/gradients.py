@@ -12,8 +12,9 @@ from torch import Tensor
 from accelx import comm, tree
 from accelx.cut import mean_of, rows_in
 from accelx.engines.placed import engine_of
-from accelx.errors import LossError
-from accelx.records import Env, Loss, Mean, Out, Transform
+from accelx.errors import LossError, PlacementError
+from accelx.records import Env, Loss, Mean, Out, Transform, owing
+from accelx.rows import Rows
 from accelx.state import State
 
 Grads = Callable[..., tuple[State, Out]]
@@ -157,47 +158,70 @@ def _whole(grads: Grads) -> Grads:
     """Reduce weights, losses and aux over ranks at once, then make gradients whole."""
 
     def whole(state: State, *args: Any) -> tuple[State, Out]:
-        earlier = _set_aside(state)
-        state, out = grads(state, *args)
         env = env_of(state)
-        total = rows_in(args, env.world).total
-        known = total > 0 and not isinstance(out.loss, Mean)
-        if env.world == 1 and known:
-            scale: Any = 1.0 / _loss_scale(state)
-        else:
-            out, weight = _reduced(env, out)
-            if not known and not weight:
-                out = attrs.evolve(out, skipped="no row or token has a weight")
-                weight = 1.0
-            unit = _unit(total)
-            scale = (1.0 if known else unit / weight) / _loss_scale(state)
-        engine_of(state).settle(state, scale)
-        _put_back(earlier)
+        unit, scale = _rows(args, env).total, 1.0 / _loss_scale(state)
+        earlier = _set_aside(state)
+        try:
+            state, out = grads(state, *args)
+            if isinstance(out.loss, Mean) or not unit:
+                out = _reduced(env, out)()
+                if not out.weight:
+                    out = attrs.evolve(out, skipped="no row or token has a weight")
+                scale *= _unit(unit) / (float(out.weight) or 1.0)
+            elif env.world > 1 or out.aux is not None:  # nothing waits for the report
+                out = owing(_fields(_reduced(env, out)))
+            engine_of(state).settle(state, scale)
+        except BaseException:  # leave no half of a gradient behind
+            for _, p in state.trained:
+                p.grad = None
+            if "shard_model" in state.slots:
+                state.slots["shard_model"].forget()
+            raise
+        finally:
+            _put_back(earlier)
         return state, out
 
     return whole
 
 
-def _reduced(env: Env, out: Out) -> tuple[Out, float]:
-    """`out` with loss, weight and every Mean of aux over all ranks; and the weight."""
+def _rows(args: tuple[Any, ...], env: Env) -> Rows:
+    """The rows of `args`, after checking that they lie on as many ranks as the model."""
+    rows = rows_in(args, env.world)
+    if env.world == 1 and rows.total > rows.rows:
+        raise PlacementError(
+            f"the batch is cut over ranks ({rows.rows} of {rows.total} rows are here), but "
+            "the model is on one, so ranks would train apart; add "
+            'shard_model(env, "ddp") to the chain'
+        )
+    return rows
+
+
+def _reduced(env: Env, out: Out) -> Callable[[], Out]:
+    """Start adding loss, weight and every Mean of aux over ranks; waits when called."""
     flat = [] if out.aux is None else tree.flatten(out.aux, _is_mean)
     means = [mean_of(out), *(leaf for _, leaf in flat if isinstance(leaf, Mean))]
     packed = _packed(means, env)
-    comm.sum_scalars(env, packed)
-    pairs = packed.view(-1, 2).unbind()
-    rest = iter(pairs[1:])
-    aux = (
-        tree.unflatten(
-            out.aux,
-            [Mean(*next(rest)) if isinstance(leaf, Mean) else leaf for _, leaf in flat],
-            _is_mean,
-        )
-        if flat
-        else out.aux
-    )
-    total, weight = pairs[0]
-    loss = (total / weight).to(_dtype(means[0].total))
-    return attrs.evolve(out, loss=loss, weight=weight, aux=aux), weight.item()
+    work = comm.sum_scalars(env, packed, async_op=True)
+
+    def finish() -> Out:
+        if work is not None:
+            work.wait()
+        (total, weight), *rest = packed.view(-1, 2).unbind()
+        new = iter(rest)
+        leaves = [Mean(*next(new)) if _is_mean(leaf) else leaf for _, leaf in flat]
+        aux = tree.unflatten(out.aux, leaves, _is_mean) if flat else out.aux
+        loss = (total / weight).to(_dtype(means[0].total))
+        return attrs.evolve(out, loss=loss, weight=weight, aux=aux)
+
+    return finish
+
+
+def _fields(finish: Callable[[], Out]) -> Callable[[], tuple[Any, Any, Any]]:
+    def late() -> tuple[Any, Any, Any]:
+        out = finish()
+        return out.loss, out.weight, out.aux
+
+    return late
 
 
 def _packed(means: list[Mean], env: Env) -> Tensor:

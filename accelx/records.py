@@ -124,7 +124,39 @@ class Out:
     stepped: bool = False  # whether the optimizers moved
     skipped: str | None = None  # why not
     aux: Any = None  # what the loss returned beside the loss
-    times: Mapping[str, float] = attrs.field(factory=dict)  # seconds
+    # seconds of this process: "grads", "update"; a GPU may still be at work then
+    times: Mapping[str, float] = attrs.field(factory=dict, eq=False)
+    # waits for loss, weight and aux, where they are still on their way from other ranks
+    late: Late | None = attrs.field(default=None, repr=False, eq=False)
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached only for a field that `owing` took away.
+        if name not in _LATE or self.late is None:
+            raise AttributeError(f"Out has no attribute {name!r}")
+        for field, value in zip(_LATE, self.late(), strict=True):
+            object.__setattr__(self, field, value)
+        object.__setattr__(self, "late", None)
+        return getattr(self, name)
+
+
+_LATE = ("loss", "weight", "aux")
+Late = Callable[[], tuple[Any, Any, Any]]
+
+
+def owing(late: Late, **fields: Any) -> Out:
+    """A report whose loss, weight and aux are waited for when they are first read."""
+    out = Out(0.0, 0.0, late=late, **fields)
+    for field in _LATE:
+        object.__delattr__(out, field)
+    return out
+
+
+def amend(out: Out, **fields: Any) -> Out:
+    """`attrs.evolve(out, **fields)` that does not wait for what is on its way."""
+    if out.late is None:
+        return attrs.evolve(out, **fields)
+    kept = {"norm": out.norm, "stepped": out.stepped, "skipped": out.skipped}
+    return owing(out.late, **{**kept, "times": out.times, **fields})
 
 
 def _reasoned(_: object, __: object, why: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Callable, Iterator
 from contextlib import contextmanager
+from time import perf_counter
 from typing import Any
 
 import attrs
@@ -13,9 +14,10 @@ from torch import nn
 from accelx import gradients, tree
 from accelx.cut import mean_of, rows_in
 from accelx.engines.placed import claim, engine_of, seal
+from accelx.errors import DataError
 from accelx.loader import Loader, as_loader, batches
 from accelx.optimizers import make
-from accelx.records import Loss, Mean, Out, Transform
+from accelx.records import Loss, Mean, Out, Transform, amend
 from accelx.state import State, spend, stepped, trainable
 
 Step = Callable[..., tuple[State, Out]]
@@ -78,6 +80,13 @@ def feed(
     for one in tx:
         if one.feed is not None:
             made = one.feed(made)
+    placed = tx.find("shard_model")
+    if placed is not None and made.world != placed.env.world:
+        raise DataError(
+            f"the model is on {placed.env.world} ranks and the data cut for {made.world}, "
+            "so rows would count more than once; put shard_loader(env) and "
+            "shard_model(env) of the same env into the chain"
+        )
     first = start.position if isinstance(start, State) else start
     return batches(made, first, stop)
 
@@ -92,7 +101,9 @@ def grads(tx: Transform, loss: Loss) -> Step:
     run = gradients.pipeline(tx, loss)
 
     def gradients_of(state: State, *args: Any) -> tuple[State, Out]:
-        after, out = _safely(run, state, args)
+        began = perf_counter()
+        after, out = run(state, *args)
+        out = attrs.evolve(out, late=None, times={"grads": perf_counter() - began})
         after = attrs.evolve(after)
         spend(state, f"grads at step {after.step}")
         return after, out
@@ -105,7 +116,7 @@ def apply(tx: Transform) -> Step:
     run = _update(tx)
 
     def applied(state: State, out: Out) -> tuple[State, Out]:
-        return _spending(run, state, state, out)
+        return _spending(run, state, state, out, out.times.get("grads", 0.0))
 
     return applied
 
@@ -119,26 +130,20 @@ def step(tx: Transform, loss: Loss) -> Step:
     first, second = gradients.pipeline(tx, loss), _update(tx)
 
     def one_step(state: State, *args: Any) -> tuple[State, Out]:
-        after, out = _safely(first, state, args)
-        return _spending(second, state, after, out)
+        began = perf_counter()
+        after, out = first(state, *args)
+        return _spending(second, state, after, out, perf_counter() - began)
 
     return one_step
 
 
-def _safely(run: Step, state: State, args: tuple[Any, ...]) -> tuple[State, Out]:
-    """`run`, leaving no half of a gradient behind if it fails."""
-    try:
-        return run(state, *args)
-    except BaseException:
-        state.model.zero_grad(set_to_none=True)
-        raise
-
-
-def _spending(run: Step, state: State, after: State, out: Out) -> tuple[State, Out]:
-    """`run(after, out)`, which spends `state`, also where it fails half-way."""
+def _spending(
+    run: Step, state: State, after: State, out: Out, seconds: float
+) -> tuple[State, Out]:
+    """`run(after, out, seconds)`, which spends `state`, also where it fails half-way."""
     number = state.step
     try:
-        return run(after, out)
+        return run(after, out, seconds)
     except BaseException:
         number = f"{number}, which failed half-way"
         raise
@@ -149,7 +154,8 @@ def _spending(run: Step, state: State, after: State, out: Out) -> tuple[State, O
 def _update(tx: Transform) -> Step:
     """Passes before, the optimizers, passes after; what the engine does is left out."""
 
-    def update(state: State, out: Out) -> tuple[State, Out]:
+    def update(state: State, out: Out, seconds: float) -> tuple[State, Out]:
+        began = perf_counter()
         engine = engine_of(state)
         active = [p for p in acting if p.name not in engine.handles]
         for one in active:
@@ -159,7 +165,8 @@ def _update(tx: Transform) -> Step:
             state.model.zero_grad(set_to_none=True)
             return stepped(state, made=False), out
         engine.update(state)
-        state, out = stepped(state, made=True), _moved(out)
+        times = {"grads": seconds, "update": perf_counter() - began}
+        state, out = stepped(state, made=True), amend(out, stepped=True, times=times)
         for one in active:
             if one.after is not None:
                 state, out = one.after(state, out)
@@ -167,11 +174,6 @@ def _update(tx: Transform) -> Step:
 
     acting = [p for p in tx if p.before is not None or p.after is not None]
     return update
-
-
-def _moved(out: Out) -> Out:
-    """`out` of a step that was made."""
-    return Out(out.loss, out.weight, out.norm, True, None, out.aux, out.times)
 
 
 def measure(tx: Transform, fn: Loss) -> Callable[..., Any]:

@@ -21,16 +21,14 @@ if TYPE_CHECKING:
 Again = Callable[[Placed, nn.Module, nn.Module], Placed]  # old, blank copy, source
 
 
-def from_main(tensor: Tensor) -> None:
-    """Overwrite `tensor` with rank 0's, in place."""
+def from_main(tensor: Tensor, device: str) -> None:
+    """Overwrite `tensor` with rank 0's, in place; it travels by way of `device`."""
     import torch.distributed as dist
 
     if tensor.numel():
-        data = tensor.detach()
-        whole = data if data.is_contiguous() else data.contiguous()
-        dist.broadcast(whole, src=0)
-        if whole is not data:
-            data.copy_(whole)
+        there = tensor.detach().to(device).contiguous()
+        dist.broadcast(there, src=0)
+        tensor.detach().copy_(there)
 
 
 def try_blueprint(model: nn.Module) -> nn.Module | Exception:

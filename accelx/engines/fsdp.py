@@ -25,7 +25,7 @@ def place(model: nn.Module, plan: Plan) -> Placed:
     dtypes.cast(model, plan.precision)
     blank = copies.try_blueprint(model)
     for tensor in (*model.parameters(), *model.buffers()):
-        copies.from_main(tensor)
+        copies.from_main(tensor, plan.env.device)
     for _, buffer in model.named_buffers():
         buffer.data = buffer.data.to(plan.env.device)
     return _sharded(model, plan, blank)
@@ -62,7 +62,7 @@ def _made(
     full = full.to(device=plan.env.device, dtype=like.dtype)
     if not isinstance(like, DTensor):
         full = full.clone()
-        copies.from_main(full)
+        copies.from_main(full, plan.env.device)
         return full
     slices = distribute_tensor(full, like.device_mesh, like.placements)
     return nn.Parameter(slices, like.requires_grad)

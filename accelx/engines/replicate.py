@@ -50,16 +50,22 @@ def hooked(result: Placed, blank: Any) -> Placed:
     model = result.model
     if not result.trainable:  # DDP refuses a model with nothing to reduce
         for tensor in (*model.parameters(), *model.buffers()):
-            copies.from_main(tensor)
+            copies.from_main(tensor, result.env.device)
         return attrs.evolve(result, engine=plain.ENGINE)
     ddp = _torch.ddp(model, find_unused=result.unused == "allow")
     result = attrs.evolve(result, handle=ddp, fork=copies.forker(blank, _again))
 
-    def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
-        return _naming(result, _torch.ddp_before, ddp, args, kwargs)
+    # A deep copy of the model, as users make for an average, shares these hooks, and is
+    # none of DDP's business.
+    def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if module is model:
+            return _naming(result, _torch.ddp_before, ddp, args, kwargs)
+        return args, kwargs
 
-    def behind(_: nn.Module, args: Any, output: Any) -> Any:
-        return _naming(result, _torch.ddp_behind, ddp, output)
+    def behind(module: nn.Module, args: Any, output: Any) -> Any:
+        if module is model:
+            return _naming(result, _torch.ddp_behind, ddp, output)
+        return output
 
     model.register_forward_pre_hook(before, with_kwargs=True)
     model.register_forward_hook(behind)
