@@ -1,4 +1,4 @@
-"""Every private or version-dependent name of torch that accelx uses, one function each."""
+"""Every private or version-dependent name of torch, one small function each."""
 
 # Private names are what this file is for.
 # pyright: reportPrivateUsage=false
@@ -114,7 +114,7 @@ def loopback_store(port: int, world: int, timeout: timedelta | None) -> Any:
     from torch.distributed import TCPStore
 
     listener = socket.create_server(("127.0.0.1", port), backlog=2048)
-    wait = {} if timeout is None else {"timeout": timeout}
+    wait: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
     return TCPStore(
         "127.0.0.1",
         port,
@@ -140,7 +140,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 
 def end_workers(iterator: Any) -> None:
-    """Stop the worker processes behind an iterator of a DataLoader, and wait for them."""
+    """Stop the workers behind an iterator of a DataLoader, and wait for them."""
     iterator._shutdown_workers()
 
 

@@ -19,10 +19,10 @@ def gather_rows(env: Env, values: T, batch: Any) -> T:
     """What each rank computed for its rows of `batch`, as rows of the whole batch.
 
     `values` is a tree of tensors with one row a sample, and of lists with one entry a
-    sample (texts, ragged tensors), as computed from a batch of `ax.feed`. Rows that only
-    pad are left out, so every sample comes once, in order, on every rank.
-    Raises DataError for a leaf with another number of rows, CollectiveError for trees
-    that differ over ranks.
+    sample (texts, ragged tensors), as computed from a batch of `ax.feed`. Rows that
+    only pad are left out, so every sample comes once, in order, on every rank. Raises
+    DataError for a leaf with another number of rows, CollectiveError for trees that
+    differ over ranks.
     """
     marked, here = rows_of(batch), leading(batch)
     real = marked.rows if marked is not None else here
@@ -48,6 +48,6 @@ def _joined(env: Env, path: str, leaf: Any, real: int, here: int) -> Any:
         return gather(env, leaf[:real])
     shape = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
     raise DataError(
-        f"gather_rows wants {here} rows in values{path}, got {shape}; give one row or one "
-        "list entry a sample, and use ax.reduce for a number of the whole batch"
+        f"gather_rows wants {here} rows in values{path}, got {shape}; give one row or "
+        "one list entry a sample, and use ax.reduce for a number of the whole batch"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import attrs
@@ -30,8 +31,8 @@ def rows_in(args: Args, ranks: int) -> Rows:
 def cut(args: Args, n: int, ranks: int) -> list[Args]:
     """`args` as `n` groups of rows, the longer ones first, marked with their rows.
 
-    A group without rows holds one row marked as no row: on several ranks it takes part in
-    their collectives; on one it is left out.
+    A group without rows holds one row marked as no row: on several ranks it takes part
+    in their collectives; on one it is left out.
     """
     rows = rows_in(args, ranks)
     length = leading(*args)
@@ -41,47 +42,75 @@ def cut(args: Args, n: int, ranks: int) -> list[Args]:
             "dimension; give step the batch as an argument, or leave accumulate out"
         )
     if not rows.rows:
-        return [stamp(_part(args, 0, 1, length), rows) for _ in range(n)]
+        return [stamp(one, rows) for one in _split(args, "", [1] * n, repeat=True)]
     if rows.rows != length:
         raise DataError(
             f"the batch says that it has {rows.rows} rows here, but its tensors have "
             f"{length}; do not add or drop rows after ax.feed"
         )
     base, longer = divmod(length, n)
-    parts, low = list[Args](), 0
-    for i in range(n):
-        size = base + (i < longer)
-        if size or ranks > 1:
-            part = _part(args, low, low + size, length) if size else _part(args, 0, 1, length)
-            parts.append(stamp(part, Rows(size, rows.total)))
-        low += size
+    sizes = [base + (i < longer) for i in range(n)]
+    full = [size for size in sizes if size]
+    parts = [
+        stamp(one, Rows(size, rows.total))
+        for one, size in zip(_split(args, "", full), full, strict=True)
+    ]
+    if ranks > 1 and len(full) < n:
+        none = Rows(0, rows.total)
+        extra = _split(args, "", [1] * length)[:1] * (n - len(full))
+        parts += [stamp(_split(one, "", [1])[0], none) for one in extra]
     return parts
 
 
-def _part(args: Args, low: int, high: int, length: int) -> Args:
-    def one(path: str, leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.dim():
-            if leaf.size(0) != length:
-                raise DataError(
-                    f"accumulate cuts {length} rows, but argument{path} has shape "
-                    f"{tuple(leaf.shape)}; expand it to {length} rows, make it 0-dim, or "
-                    "close over it in the loss"
-                )
-            return leaf[low:high]
-        if _per_row(leaf, length):
-            return leaf[low:high]
-        return leaf
+def _split(node: Any, path: str, sizes: list[int], repeat: bool = False) -> list[Any]:
+    """`node` as a tree for each group of rows; written out, as each step does it."""
+    if isinstance(node, Tensor):
+        return _split_rows(node, path, sizes, repeat)
+    kind = type(node)
+    if kind is dict:
+        items = [_split(v, f"{path}[{k!r}]", sizes, repeat) for k, v in node.items()]
+        return [
+            dict(zip(node, values, strict=True)) for values in _across(items, sizes)
+        ]
+    if kind is tuple or (kind is list and not _per_row(node, sum(sizes))):
+        items = [_split(v, f"{path}[{i}]", sizes, repeat) for i, v in enumerate(node)]
+        return [kind(values) for values in _across(items, sizes)]
+    if kind is list:
+        ends = accumulate(sizes)
+        return [node[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+    if isinstance(node, State) or not tree.children(node):
+        return [node] * len(sizes)
+    flat = tree.flatten(node, lambda inner: inner is not node)
+    items = [_split(v, path + key, sizes, repeat) for key, v in flat]
+    return [
+        tree.unflatten(node, values, lambda inner: inner is not node)
+        for values in _across(items, sizes)
+    ]
 
-    def is_leaf(node: Any) -> bool:
-        return _per_row(node, length) or isinstance(node, State)
 
-    flat = tree.flatten(args, is_leaf)
-    return tree.unflatten(args, [one(path, leaf) for path, leaf in flat], is_leaf)
+def _across(items: list[list[Any]], sizes: list[int]) -> list[tuple[Any, ...]]:
+    """For each group its part of every item."""
+    return list(zip(*items, strict=True)) if items else [()] * len(sizes)
 
 
-def _per_row(node: Any, length: int) -> bool:
+def _split_rows(
+    tensor: Tensor, path: str, sizes: list[int], repeat: bool
+) -> list[Tensor]:
+    if not tensor.dim():
+        return [tensor] * len(sizes)
+    length = 1 if repeat else sum(sizes)
+    if tensor.size(0) != length:
+        raise DataError(
+            f"accumulate cuts {length} rows, but argument{path} has shape "
+            f"{tuple(tensor.shape)}; expand it to {length} rows, make it 0-dim, or "
+            "close over it in the loss"
+        )
+    return [tensor[:] for _ in sizes] if repeat else list(tensor.split(sizes))
+
+
+def _per_row(node: list[Any], length: int) -> bool:
     """Whether `node` is a list of texts, numbers or the like, one for each row."""
-    if not isinstance(node, list) or len(node) != length:  # type: ignore[reportUnknownArgumentType]
+    if len(node) != length:
         return False
     return not any(isinstance(leaf, Tensor) for leaf in tree.leaves(node))
 
@@ -99,24 +128,27 @@ def add(outs: list[Out]) -> Out:
     """One report for all microbatches; stays a plain mean over rows if they were."""
     if len(outs) == 1:
         return outs[0]
-    means = [mean_of(out) for out in outs]
-    whole = Mean(
-        torch.stack([torch.as_tensor(m.total) for m in means]).sum(),
-        sum((m.weight for m in means[1:]), start=means[0].weight),
-    )
-    aux = add_aux([out.aux for out in outs], [out.weight for out in outs])
+    weights = [out.weight for out in outs]
+    aux = None
+    if outs[0].aux is not None:
+        aux = add_aux([out.aux for out in outs], weights)
     if any(isinstance(out.loss, Mean) for out in outs):
-        return attrs.evolve(outs[0], loss=whole, weight=whole.weight, aux=aux)
-    return attrs.evolve(
-        outs[0], loss=whole.total / max(1, whole.weight), weight=whole.weight, aux=aux
-    )
+        means = [mean_of(out) for out in outs]
+        total = torch.stack([torch.as_tensor(m.total) for m in means]).sum()
+        weight = sum(weights[1:], start=weights[0])
+        return attrs.evolve(outs[0], loss=Mean(total, weight), weight=weight, aux=aux)
+    losses = torch.stack([torch.as_tensor(out.loss) for out in outs])
+    rows = torch.tensor(weights, dtype=losses.dtype, device=losses.device)
+    count = sum(weights)
+    return Out(losses.dot(rows).div(max(1, count)), count, aux=aux)
 
 
 def add_aux(parts: list[Any], weights: list[Any]) -> Any:
-    """Means add, tensors with rows are joined; nothing else has a meaning over parts."""
+    """Means add, tensors with rows are joined; nothing else has a sum."""
     flat = [tree.flatten(part, _is_mean) for part in parts]
     values = [
-        _joined(path, [f[i][1] for f in flat], weights) for i, (path, _) in enumerate(flat[0])
+        _joined(path, [f[i][1] for f in flat], weights)
+        for i, (path, _) in enumerate(flat[0])
     ]
     return tree.unflatten(parts[0], values, _is_mean)
 
@@ -134,9 +166,9 @@ def _joined(path: str, leaves: list[Any], weights: list[Any]) -> Any:
         real = [x for x, w in zip(leaves, weights, strict=True) if not _nothing(w)]
         return torch.cat(real or [first[:0]])
     raise LossError(
-        f"aux{path} of the loss is a {type(first).__name__} for each microbatch, which does "
-        "not add up to one for the batch; return ax.Mean(total, weight), or a tensor with "
-        "one row a sample"
+        f"aux{path} of the loss is a {type(first).__name__} for each microbatch, which "
+        "does not add up to one for the batch; return ax.Mean(total, weight), or a "
+        "tensor with one row a sample"
     )
 
 

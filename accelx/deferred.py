@@ -1,9 +1,10 @@
 """How a model is built without ever holding all its weights, to the bit.
 
 The factory runs for real, while each operation on tensors is written down together with
-the random state that it started from. When more than `budget` bytes are held, the oldest
-weights let go of their data; it is made again, from its own operations, when it is needed.
-So a weight can be had alone, in any order, with the numbers of calling the factory.
+the random state that it started from. When more than `budget` bytes are held, the
+oldest weights let go of their data; it is made again, from its own operations, when it
+is needed. So a weight can be had alone, in any order, with the numbers of calling the
+factory.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class _Op:
 
 
 class Recorder(_torch.DispatchMode):
-    """Runs what is called inside it, writes it down, and holds at most `budget` bytes."""
+    """Runs what is called inside it, writes it down, holds at most `budget` bytes."""
 
     def __init__(self, budget: int = BUDGET) -> None:
         super().__init__()
@@ -91,9 +92,7 @@ class Recorder(_torch.DispatchMode):
         unknown = any(
             _key(t) not in self._storages or _key(t) in self._kept for t in inputs
         )
-        written = {
-            _key(t): t for t in (inputs[:1] if _torch.mutates(func) else outs)
-        }
+        written = {_key(t): t for t in (inputs[:1] if _torch.mutates(func) else outs)}
         written |= {_key(t): t for t in outs}
         if unknown or (random is None and _seeded(func)):
             self._kept |= written.keys()
@@ -200,7 +199,7 @@ _FILLS = ("normal_", "uniform_", "fill_", "zero_", "bernoulli_", "copy_")
 
 
 def _filled(func: Any, outs: list[Tensor]) -> Key | None:
-    """The storage that an in-place fill covers whole, so that older data is not needed."""
+    """The storage that an in-place fill covers whole, so older data is not needed."""
     if len(outs) != 1 or _torch.name_of(func) not in _FILLS:
         return None
     whole = outs[0].numel() * outs[0].element_size()

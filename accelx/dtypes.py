@@ -25,14 +25,15 @@ PRESETS = {
 
 
 def precision(wanted: object) -> Precision:
-    """The Precision that a preset's name, or a Precision, means. Raises PrecisionError."""
+    """The Precision that a preset's name means. Raises PrecisionError."""
     if isinstance(wanted, str) and wanted in PRESETS:
         return PRESETS[wanted]
     if isinstance(wanted, Precision):
         names = {a.name: _name(a.name, getattr(wanted, a.name)) for a in _fields()}
         return Precision(**names)
     raise PrecisionError(
-        f"with_precision wants one of {', '.join(map(repr, PRESETS))} or a Precision(...), "
+        f"with_precision wants one of {', '.join(map(repr, PRESETS))} or a "
+        "Precision(...), "
         f'got {wanted!r}; write with_precision("bf16")'
     )
 
@@ -72,9 +73,7 @@ def cast(model: nn.Module, wanted: Precision | None) -> None:
     for module in model.modules():
         for name, b in module.named_buffers(recurse=False):
             if buffer and b.is_floating_point() and b.dtype != buffer:
-                module.register_buffer(
-                    name, b.to(buffer), name not in _unsaved(module)
-                )
+                module.register_buffer(name, b.to(buffer), name not in _unsaved(module))
 
 
 def _unsaved(module: nn.Module) -> set[str]:
@@ -83,7 +82,7 @@ def _unsaved(module: nn.Module) -> set[str]:
 
 
 def read_back(model: nn.Module, wanted: Precision) -> None:
-    """Raise PrecisionError, with names, where the real dtypes are not the wanted ones."""
+    """Raise PrecisionError, with names, where real dtypes are not the wanted ones."""
     param, buffer = dtype(wanted.param), dtype(wanted.buffer)
     wrong = [
         f"{n} is {p.dtype}"
@@ -98,6 +97,6 @@ def read_back(model: nn.Module, wanted: Precision) -> None:
     if wrong:
         raise PrecisionError(
             f"{wanted!r} was asked for, but after placing {'; '.join(wrong[:5])}"
-            f"{' and more' if len(wrong) > 5 else ''}; let ax.init place the model, and "
-            "change no dtype afterwards"
+            f"{' and more' if len(wrong) > 5 else ''}; let ax.init place the model, "
+            "and change no dtype afterwards"
         )

@@ -1,17 +1,18 @@
 """Every error that accelx raises on purpose, as one tree.
 
     AccelxError
-      DetectError          launcher variables that contradict each other      (ValueError)
-      OrderError           a chain whose order breaks a rule                  (ValueError)
-      PlacementError       a model or optimizer that cannot be placed         (ValueError)
-      PrecisionError       a precision that is unknown or was not obtained    (ValueError)
-      UnusedParameterError  trainable parameters without gradient or optimizer   (ValueError)
-      LossError            a loss that is no scalar, Tensor or Mean           (ValueError)
-      DataError            a loader or batch that cannot be cut exactly       (ValueError)
-      CollectiveError      ranks that would not meet in a collective          (RuntimeError)
-      SpentStateError      a state that was used before                       (RuntimeError)
-      SpawnError           ranks that could not be started, or failed         (RuntimeError)
-      MissingExtraError    an optional package that is not installed          (ImportError)
+      DetectError          launcher variables that contradict each other
+      (ValueError) OrderError           a chain whose order breaks a rule
+      (ValueError) PlacementError       a model or optimizer that cannot be placed
+      (ValueError) PrecisionError       a precision that is unknown or was not obtained
+      (ValueError) UnusedParameterError  trainable parameters without gradient or
+      optimizer   (ValueError) LossError            a loss that is no scalar, Tensor or
+      Mean           (ValueError) DataError            a loader or batch that cannot be
+      cut exactly       (ValueError) CollectiveError      ranks that would not meet in a
+      collective          (RuntimeError) SpentStateError      a state that was used
+      before                       (RuntimeError) SpawnError           ranks that could
+      not be started, or failed         (RuntimeError) MissingExtraError    an optional
+      package that is not installed          (ImportError)
 
 Each message has three parts: what was wanted, what came, what to write instead.
 """

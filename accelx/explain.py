@@ -22,7 +22,9 @@ class Explained:
         table = (_HEADS, *self.rows)
         widths = [max(len(row[i]) for row in table) for i in range(3)]
         lines = [
-            "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]])
+            "  ".join(
+                [*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]
+            )
             for row in table
         ]
         return "\n".join(line.rstrip() for line in lines)

@@ -83,7 +83,7 @@ def _local(loss: Loss) -> Grads:
 
 
 def _unit(total: int) -> float:
-    """What gradients are divided by ahead of time: the batch's rows where all know them.
+    """What gradients are divided by ahead of time: the batch's rows, if all know them.
 
     So that a mean over rows needs no second look at the gradients, and sums over tokens
     stay of the size of means, which half precision asks for.
@@ -105,13 +105,15 @@ def read(result: Any) -> tuple[Tensor | Mean, Any]:
         return result, _aux(aux)
     if not isinstance(result, Tensor):
         raise LossError(
-            "the loss function wants to return a scalar tensor, ax.Mean(total, weight), or "
-            f"(either, aux), got {type(result).__name__}; write `return loss`"  # type: ignore[reportUnknownArgumentType]
+            "the loss function wants to return a scalar tensor, ax.Mean(total, "
+            f"weight), or (either, aux), got {type(result).__name__}; write `return "
+            "loss`"  # type: ignore[reportUnknownArgumentType]
         )
     if result.dim():
         raise LossError(
-            f"the loss wants to be a scalar, got a tensor of shape {tuple(result.shape)}; "
-            "write loss.mean() for a mean over rows, or ax.Mean(loss.sum(), loss.numel())"
+            "the loss wants to be a scalar, got a tensor of shape "
+            f"{tuple(result.shape)}; write loss.mean() for a mean over rows, or "
+            "ax.Mean(loss.sum(), loss.numel())"
         )
     return result, _aux(aux)
 
@@ -185,12 +187,12 @@ def _whole(grads: Grads) -> Grads:
 
 
 def _rows(args: tuple[Any, ...], env: Env) -> Rows:
-    """The rows of `args`, after checking that they lie on as many ranks as the model."""
+    """The rows of `args`; refuses rows cut over ranks for a model on one."""
     rows = rows_in(args, env.world)
     if env.world == 1 and rows.total > rows.rows:
         raise PlacementError(
-            f"the batch is cut over ranks ({rows.rows} of {rows.total} rows are here), but "
-            "the model is on one, so ranks would train apart; add "
+            f"the batch is cut over ranks ({rows.rows} of {rows.total} rows are here), "
+            "but the model is on one, so ranks would train apart; add "
             'shard_model(env, "ddp") to the chain'
         )
     return rows

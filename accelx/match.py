@@ -1,4 +1,4 @@
-"""Which modules, or parameters, a selector means: a glob over names, a class, a predicate."""
+"""Which modules a selector means: a glob over names, a class, a predicate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Selector = str | type | Callable[[str, Any], bool]
 
 
 def globs(pattern: str, name: str) -> bool:
-    """Whether dotted `name` fits: `*` is within one part, `**` is any number of parts."""
+    """Whether `name` fits: `*` is within one part, `**` any number of parts."""
     return _parts(pattern.split("."), name.split("."))
 
 
@@ -64,7 +64,9 @@ def _nothing(selector: Selector, model: nn.Module, names: list[str]) -> str:
     near: list[str] = []
     if isinstance(selector, str):
         near = difflib.get_close_matches(selector.replace(".*", ".0"), names, 3, 0.4)
-    shown = ", ".join(repr(n) for n in (near or names[:6])) or "none (it has no submodule)"
+    shown = (
+        ", ".join(repr(n) for n in (near or names[:6])) or "none (it has no submodule)"
+    )
     return (
         f"blocks={selector!r} matches no module of {type(model).__name__}; "
         f"its modules are called {shown}: write a glob such as 'layers.*', "

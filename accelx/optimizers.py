@@ -1,4 +1,4 @@
-"""Optimizers are made after the model is placed, by the user's function, and kept as made."""
+"""Optimizers are made after the model is placed, by the user's own function."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from accelx.match import globs
 
 
 def make(optim: Callable[[Any], Any] | None, model: nn.Module) -> tuple[Any, ...]:
-    """The optimizers that `optim(model)` makes, as a tuple, checked against the model."""
+    """The optimizers that `optim(model)` makes, checked against the model."""
     if optim is None:
         return ()
     if isinstance(optim, Optimizer) or not callable(optim):
         raise PlacementError(
-            "init wants a function that makes the optimizer once the model is placed, got "
-            f"a {type(optim).__name__} object, which would go on updating weights that "
-            f"placing replaces; write `lambda m: {type(optim).__name__}(m.parameters(), ...)`"
+            "init wants a function that makes the optimizer once the model is placed, "
+            f"got a {type(optim).__name__} object, which would go on updating weights "
+            "that placing replaces; write `lambda m: "
+            f"{type(optim).__name__}(m.parameters(), ...)`"
         )
     made = optim(model)
     optimizers = tuple(made) if isinstance(made, list | tuple) else (made,)  # type: ignore[reportUnknownArgumentType]
@@ -34,15 +35,15 @@ def make(optim: Callable[[Any], Any] | None, model: nn.Module) -> tuple[Any, ...
 def _check(one: Any) -> None:
     if not hasattr(one, "param_groups") or not hasattr(one, "step"):
         raise PlacementError(
-            f"the optimizer function returned {type(one).__name__}, not an optimizer or a "
-            "list of them; write `lambda m: AdamW(m.parameters(), lr=3e-4)`"
+            f"the optimizer function returned {type(one).__name__}, not an optimizer "
+            "or a list of them; write `lambda m: AdamW(m.parameters(), lr=3e-4)`"
         )
     closure = inspect.signature(one.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise PlacementError(
             f"{type(one).__name__} calls the loss again and again by a closure, so one "
-            "step is not one gradient and cannot be accumulated, clipped or reduced once; "
-            "use an optimizer whose step() takes no closure, such as AdamW"
+            "step is not one gradient and cannot be accumulated, clipped or reduced "
+            "once; use an optimizer whose step() takes no closure, such as AdamW"
         )
 
 
@@ -53,15 +54,15 @@ def _covers(optimizers: tuple[Any, ...], model: nn.Module) -> None:
     strangers = sum(i not in names for i in held)
     if strangers:
         raise PlacementError(
-            f"{strangers} parameters of the optimizers are not of the placed model, so the "
-            "model would not train; use the function's argument: "
+            f"{strangers} parameters of the optimizers are not of the placed model, so "
+            "the model would not train; use the function's argument: "
             "`lambda m: AdamW(m.parameters())`"
         )
     twice = [names[i] for i in dict.fromkeys(held) if held.count(i) > 1]
     if twice:
         raise PlacementError(
-            f"{', '.join(twice[:5])} would be moved by two optimizers or groups; give each "
-            "parameter to one"
+            f"{', '.join(twice[:5])} would be moved by two optimizers or groups; give "
+            "each parameter to one"
         )
     rest = [
         n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held
@@ -69,8 +70,8 @@ def _covers(optimizers: tuple[Any, ...], model: nn.Module) -> None:
     if rest:
         raise UnusedParameterError(
             f"no optimizer moves {len(rest)} trainable parameters: "
-            f"{', '.join(rest[:5])}{' and more' if rest[5:] else ''}; give them to one, or "
-            "freeze them first: parameter.requires_grad_(False)"
+            f"{', '.join(rest[:5])}{' and more' if rest[5:] else ''}; give them to "
+            "one, or freeze them first: parameter.requires_grad_(False)"
         )
 
 
@@ -79,9 +80,10 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups by name: `{"**.bias": {"weight_decay": 0.0}, "**": {}}`.
 
-    Each trainable parameter goes to the first glob that takes its name; `*` is within one
-    part of the dotted name, `**` any number of parts. A group carries its glob as "name".
-    Raises ValueError where a glob takes nothing or a parameter is taken by none.
+    Each trainable parameter goes to the first glob that takes its name; `*` is within
+    one part of the dotted name, `**` any number of parts. A group carries its glob as
+    "name". Raises ValueError where a glob takes nothing or a parameter is taken by
+    none.
     """
     groups: dict[str, list[Any]] = {pattern: [] for pattern in settings}
     for name, p in model.named_parameters():

@@ -42,7 +42,7 @@ def _breaks(passes: tuple[Pass, ...], i: int, rule: Rules) -> str | None:
 
 
 def _repaired(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
-    """A legal chain near the given one: extra and excluded passes dropped, then sorted."""
+    """A legal chain near the given one: clashing passes dropped, then sorted."""
     kept: list[Pass] = []
     for one in passes:
         if not any(_clash(one, other) for other in kept):

@@ -1,4 +1,4 @@
-"""The records that everything else is a function of: data only, frozen, compared by value."""
+"""The records that all else is a function of: data only, frozen, equal by value."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def code(name: str, record: attrs.AttrsInstance) -> str:
-    """The call that makes `record`: required fields by position, others if not default."""
+    """The call that makes `record`: its required fields, and those not at default."""
     parts: list[str] = []
     for field in attrs.fields(type(record)):
         if not field.repr:
@@ -60,7 +60,7 @@ class Axis(_Coded):
 
 @attrs.frozen(repr=False)
 class Env(_Coded):
-    """Where this process stands. No live handle inside: it hashes, compares and pickles.
+    """Where this process stands. Without live handles: hashes, compares, pickles.
 
     `Env()` is one CPU process by itself. `alone` is true inside `on_main`, where a
     collective would wait for ever and therefore raises.
@@ -116,8 +116,8 @@ class Mean(_Coded):
 class Out:
     """What one step reports."""
 
-    # (), global mean over every row or token of the step. Inside a `backward` arrow it is
-    # this rank's: a mean over `weight` rows, or a Mean.
+    # (), global mean over every row or token of the step. Inside a `backward` arrow it
+    # is this rank's: a mean over `weight` rows, or a Mean.
     loss: Tensor | float
     weight: Tensor | float  # (), rows or tokens that the mean was taken over
     norm: Tensor | None = None  # (), float32: true global 2-norm before clipping
@@ -253,9 +253,9 @@ class Transform:
         alone = [p.alone for p in self.passes if p.alone is not None]
         if len(self.passes) != 1 or not alone:
             raise TypeError(
-                f"{self!r} was called on a {type(thing).__name__}, but only shard_model, "
-                "shard_loader and their like act alone; put it in a chain and give that "
-                "to ax.init, ax.feed and ax.step"
+                f"{self!r} was called on a {type(thing).__name__}, but only "
+                "shard_model, shard_loader and their like act alone; put it in a chain "
+                "and give that to ax.init, ax.feed and ax.step"
             )
         return alone[0](thing)
 
@@ -272,13 +272,13 @@ class Engine:
 
     name: str
     backward: Callable[[Any, Tensor, float], None]
-    """(state, scalar, scale): add scale * d(sum of the scalar over ranks) to the gradients."""
+    """(state, scalar, scale): add scale * the gradient of the sum over ranks."""
     settle: Callable[[Any, Tensor | float], None]
     """(state, scale): make gradients whole over ranks and multiply them by scale."""
     update: Callable[[Any], None]
     """(state): step every optimizer and drop the gradients."""
     clip: Callable[[Any, float | None], Tensor]
-    """(state, limit): the global 2-norm, () float32; scale gradients to it if beyond."""
+    """(state, limit): the global 2-norm, (); scale gradients to limit if beyond."""
     quiet: Callable[[Any], Any]
     """(state): a context in which backward passes do not communicate."""
     handles: frozenset[str] = frozenset()  # names of passes that it does itself

@@ -1,8 +1,8 @@
-"""A pipeline at work: init, feed, grads, apply, step, and a model looked at from outside."""
+"""A pipeline at work: init, feed, grads, apply, step, measure."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
@@ -30,10 +30,10 @@ def init(
 ) -> State:
     """Place the model, make optimizers over it, open each pass's slot: the first State.
 
-    `model` is a module or a function that makes one; `optim` maps the placed model to an
-    optimizer, or to a list of them, and is left out for a model that is not trained.
-    The model is changed in place, its object, class and names stay (L8).
-    Raises PlacementError for a module placed twice, an optimizer object in place of a
+    `model` is a module or a function that makes one; `optim` maps the placed model to
+    an optimizer, or to a list of them, and is left out for a model that is not trained.
+    The model is changed in place, its object, class and names stay (L8). Raises
+    PlacementError for a module placed twice, an optimizer object in place of a
     function, or parameters that no optimizer moves.
     """
     state = State(model)
@@ -83,9 +83,9 @@ def feed(
     placed = tx.find("shard_model")
     if placed is not None and made.world != placed.env.world:
         raise DataError(
-            f"the model is on {placed.env.world} ranks and the data cut for {made.world}, "
-            "so rows would count more than once; put shard_loader(env) and "
-            "shard_model(env) of the same env into the chain"
+            f"the model is on {placed.env.world} ranks and the data cut for "
+            f"{made.world}, so rows would count more than once; put shard_loader(env) "
+            "and shard_model(env) of the same env into the chain"
         )
     first = start.position if isinstance(start, State) else start
     return batches(made, first, stop)
@@ -94,9 +94,9 @@ def feed(
 def grads(tx: Transform, loss: Loss) -> Step:
     """The first half of a step: (State, *args) -> (State, Out) with whole gradients.
 
-    `loss(model, *args)` returns a scalar that is a mean over rows, a Mean, or one of them
-    with aux. Gradients are added to those that the state has not applied yet, reduced
-    over ranks, unscaled and not clipped. Spends the state.
+    `loss(model, *args)` returns a scalar that is a mean over rows, a Mean, or one of
+    them with aux. Gradients are added to those that the state has not applied yet,
+    reduced over ranks, unscaled and not clipped. Spends the state.
     """
     run = gradients.pipeline(tx, loss)
 
@@ -112,7 +112,10 @@ def grads(tx: Transform, loss: Loss) -> Step:
 
 
 def apply(tx: Transform) -> Step:
-    """The second half: (State, Out) -> (State, Out), clip, schedule, update. Spends it."""
+    """The second half: (State, Out) -> (State, Out), clip, schedule, update.
+
+    Spends the state.
+    """
     run = _update(tx)
 
     def applied(state: State, out: Out) -> tuple[State, Out]:
@@ -140,7 +143,7 @@ def step(tx: Transform, loss: Loss) -> Step:
 def _spending(
     run: Step, state: State, after: State, out: Out, seconds: float
 ) -> tuple[State, Out]:
-    """`run(after, out, seconds)`, which spends `state`, also where it fails half-way."""
+    """`run(after, out, seconds)`; spends `state`, also where it fails half-way."""
     number = state.step
     try:
         return run(after, out, seconds)

@@ -29,10 +29,13 @@ class Curve:
             )
 
     def __call__(self, step: int) -> float:
+        """The factor of the update after `step` others."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         done = min(1.0, (step - self.warmup) / max(1, self.total - self.warmup))
-        fall = (1 + math.cos(math.pi * done)) / 2 if self.shape == "cosine" else 1 - done
+        fall = (
+            (1 + math.cos(math.pi * done)) / 2 if self.shape == "cosine" else 1 - done
+        )
         return self.floor + (1 - self.floor) * fall
 
     def __repr__(self) -> str:

@@ -20,10 +20,10 @@ _NO_SLOTS: Mapping[str, Any] = MappingProxyType({})
 
 @attrs.frozen(eq=False, repr=False, slots=True)
 class State:
-    """Model, optimizers, step and one slot for each pass that remembers. Used once (L7).
+    """Model, optimizers, step, a slot for each pass that remembers. Used once (L7).
 
-    A step spends the state that it is given and returns the next one. PyTorch updates in
-    place, so a spent state has nothing of its own left: reading it raises
+    A step spends the state that it is given and returns the next one. PyTorch updates
+    in place, so a spent state has nothing of its own left: reading it raises
     SpentStateError. `fork` makes a second, independent one.
     """
 
@@ -47,16 +47,16 @@ class State:
 
     @property
     def position(self) -> int:
-        """Batches used so far: where the data goes on. `step`, plus what was skipped."""
+        """Batches used so far, where the data goes on: `step` plus `skipped`."""
         return self.step + self.skipped
 
     def __getattr__(self, name: str) -> Any:
         # Reached only for a field that `spend` took away, or a name that never was.
         if name in _FIELDS:
             raise SpentStateError(
-                f"wanted `.{name}` of a state that {self.spent} has already used; use the "
-                "state that it returned (`state, out = step(state, batch)`), or keep a "
-                "copy with `ax.fork(state)` before the step"
+                f"wanted `.{name}` of a state that {self.spent} has already used; use "
+                "the state that it returned (`state, out = step(state, batch)`), or "
+                "keep a copy with `ax.fork(state)` before the step"
             )
         raise AttributeError(f"State has no attribute {name!r}")
 

@@ -17,10 +17,10 @@ identity: Transform = Transform()
 def chain(*transforms: Transform) -> Transform:
     """Put transforms one after the other and check their order.
 
-    Each stage of the result runs the passes from left to right; `forward` and `backward`
-    wrap, the left one inside. Associative (L2), also in what it refuses: rules are
-    pairwise. Raises OrderError with the reason and a chain that works, TypeError if an
-    argument is no Transform.
+    Each stage of the result runs the passes from left to right; `forward` and
+    `backward` wrap, the left one inside. Associative (L2), also in what it refuses:
+    rules are pairwise. Raises OrderError with the reason and a chain that works,
+    TypeError if an argument is no Transform.
     """
     for i, one in enumerate(transforms):
         if not isinstance(one, Transform):  # type: ignore[reportUnnecessaryIsInstance]
@@ -74,9 +74,9 @@ def transform(
     place, start: (State, Transform) -> State, once, before and after optimizers exist.
     feed: Loader -> Loader. forward: Loss -> Loss. backward: Grads -> Grads.
     before, after: (State, Out) -> (State, Out), around the update.
-    A pass that remembers something keeps it in `state.slots[name]`. Claim `neutral` only
-    for a pass that leaves the numbers of a run as they are (L4).
-    Raises ValueError for a name that is no identifier, or no arrow at all.
+    A pass that remembers something keeps it in `state.slots[name]`. Claim `neutral`
+    only for a pass that leaves the numbers of a run as they are (L4). Raises ValueError
+    for a name that is no identifier, or no arrow at all.
     """
     arrows: dict[str, Any] = {
         "place": place,
@@ -91,7 +91,8 @@ def transform(
     if not name.isidentifier():
         raise ValueError(
             f"a pass is called by an identifier, got {name!r}; "
-            f"write transform({''.join(c if c.isalnum() else '_' for c in name)!r}, ...)"
+            f"write transform({''.join(c if c.isalnum() else '_' for c in name)!r}, "
+            "...)"
         )
     if not given:
         raise ValueError(

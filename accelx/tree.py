@@ -47,6 +47,11 @@ def map_leaves(fn: Callable[[Any], Any], tree: T, is_leaf: IsLeaf | None = None)
     return _rebuilt(tree, [map_leaves(fn, child, is_leaf) for _, child in children])
 
 
+def children(tree: Any) -> bool:
+    """Whether `tree` is a container with something in it."""
+    return bool(_children(tree))
+
+
 def _walk(tree: Any, path: str, is_leaf: IsLeaf | None) -> Iterator[tuple[str, Any]]:
     children = None if is_leaf is not None and is_leaf(tree) else _children(tree)
     if children is None:

@@ -123,7 +123,8 @@ def _shardable(model: nn.Module, plan: Plan) -> None:
     scalars = [n for n, p in model.named_parameters() if p.dim() == 0]
     if scalars:
         raise PlacementError(
-            f"fsdp2 slices weights along their first dimension, but {', '.join(scalars)} "
+            "fsdp2 slices weights along their first dimension, but "
+            f"{', '.join(scalars)} "
             'has none; write torch.zeros(1) instead of torch.zeros(()), or use "ddp"'
         )
 
@@ -168,7 +169,7 @@ def _local(grads: list[Tensor]) -> list[Any]:
 
 
 def clip(state: State, limit: float | None) -> Tensor:
-    """The global 2-norm over all slices on all ranks, (); scales to `limit` beyond it."""
+    """The 2-norm over all slices on all ranks, (); scales to `limit` beyond it."""
     grads = plain.gradients(state)
     square = plain.total(_local(grads)).square()
     env = state.slots["shard_model"].env

@@ -55,17 +55,17 @@ def engine_of(state: State) -> Engine:
 
 
 def claim(model: nn.Module, env: Env) -> None:
-    """Refuse a module that is placed already, or whose weights are nowhere to be had."""
+    """Refuse a module that is placed already, or whose weights are nowhere."""
     if model.__dict__.get("_accelx_placed") == id(model):
         raise PlacementError(
-            f"this {type(model).__name__} has been placed already, and placing changes it "
-            "in place; make a new module, or copy a state with ax.fork(state)"
+            f"this {type(model).__name__} has been placed already, and placing changes "
+            "it in place; make a new module, or copy a state with ax.fork(state)"
         )
     devices = {p.device for p in model.parameters()}
     if torch.device("meta") in devices:
         raise PlacementError(
-            f"the weights of this {type(model).__name__} are on the meta device, so there "
-            "are no numbers to place; give the function that makes it: "
+            f"the weights of this {type(model).__name__} are on the meta device, so "
+            "there are no numbers to place; give the function that makes it: "
             f"lambda: {type(model).__name__}(...)"
         )
     wrong = sorted(str(d) for d in devices if d.type != "cpu" and str(d) != env.device)
@@ -144,8 +144,8 @@ def unused(names: list[str], placed: Placed) -> UnusedParameterError:
     """The error that says which parameters got no gradient, and what to do."""
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
     return UnusedParameterError(
-        f"{len(names)} trainable parameter{'s' * (len(names) > 1)} got no gradient on rank "
-        f"{placed.env.rank}: {shown}. Use them in the loss, or freeze them "
+        f"{len(names)} trainable parameter{'s' * (len(names) > 1)} got no gradient on "
+        f"rank {placed.env.rank}: {shown}. Use them in the loss, or freeze them "
         "(parameter.requires_grad_(False)), or write "
         f'shard_model(env, "{placed.engine.name}", unused="allow")'
     )

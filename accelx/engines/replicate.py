@@ -1,4 +1,4 @@
-"""A whole copy of the model on every rank; gradients are averaged as they come (DDP)."""
+"""A copy of the model on every rank; gradients are averaged as they come (DDP)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def place(model: nn.Module, plan: Plan) -> Placed:
     reduce, param = (plan.precision or dtypes.PRESETS["fp32"]).reduce, "fp32"
     if plan.precision and reduce and reduce != (plan.precision.param or param):
         raise PrecisionError(
-            f"ddp reduces gradients in the dtype of the weights, but {plan.precision!r} "
+            "ddp reduces gradients in the dtype of the weights, but "
+            f"{plan.precision!r} "
             f'asks for reduce={reduce!r}; leave reduce out, or write "fsdp2"'
         )
     model.to(plan.env.device)

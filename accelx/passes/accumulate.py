@@ -22,12 +22,13 @@ class Accumulate:
 def accumulate(n: int) -> Transform:
     """Cut each batch into `n` microbatches and add up their gradients.
 
-    A memory dial: the step, its loss and its gradients are those of the whole batch (L4),
-    for a loss that is a mean over rows, and for a `Mean` under any mask. The batch is cut
-    along dimension 0 of its tensors and along lists with one entry a row; 0-dim tensors,
-    numbers and the like go to every microbatch. One reduction over ranks a step.
-    Raises ValueError if n < 1, DataError for a tensor that has neither the batch's rows
-    nor no dimension. Batch normalisation sees microbatches: use another normalisation.
+    A memory dial: the step, its loss and its gradients are those of the whole batch
+    (L4), for a loss that is a mean over rows, and for a `Mean` under any mask. The
+    batch is cut along dimension 0 of its tensors and along lists with one entry a row;
+    0-dim tensors, numbers and the like go to every microbatch. One reduction over ranks
+    a step. Raises ValueError if n < 1, DataError for a tensor that has neither the
+    batch's rows nor no dimension. Batch normalisation sees microbatches: use another
+    normalisation.
     """
     if n < 1:
         raise ValueError(

@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from accelx.records import Out, Pass, Rules, Transform, code
+from accelx.records import Out, Pass, Rules, Transform, amend, code
 
 
 @attrs.frozen(repr=False)
@@ -38,9 +38,9 @@ def clip(norm: float) -> Transform:
 
         limit = None if math.isinf(norm) else norm
         found = engine_of(state).clip(state, limit)
-        out = attrs.evolve(out, norm=found)
+        out = amend(out, norm=found)
         if not math.isfinite(float(found)):
-            out = attrs.evolve(out, skipped=f"the gradients' norm is {float(found)}")
+            out = amend(out, skipped=f"the gradients' norm is {float(found)}")
         return state, out
 
     rules = (

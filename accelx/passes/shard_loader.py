@@ -24,9 +24,10 @@ class ShardLoader:
 def shard_loader(env: Env, seed: int = 0, *, ragged: bool = False) -> Transform:
     """Give each rank its rows of each batch: every sample once, in seeded order (L10).
 
-    The loader's `batch_size` is the global batch, whatever the number of ranks. A shuffled
-    loader's order depends on `seed` and the epoch alone. In a pipeline any batch size
-    works on any number of ranks, and so does a short last batch: `step` weighs rows.
+    The loader's `batch_size` is the global batch, whatever the number of ranks. A
+    shuffled loader's order depends on `seed` and the epoch alone. In a pipeline any
+    batch size works on any number of ranks, and so does a short last batch: `step`
+    weighs rows.
 
     Alone, `shard_loader(env)(loader)` is an iterable for a loop of your own, whose loss
     knows no weights: batches that do not divide over ranks are refused, unless

@@ -43,20 +43,21 @@ def shard_model(
     *,
     unused: str = "error",
 ) -> Transform:
-    """Place the model on the ranks of `env`, in place: object, class and names stay (L8).
+    """Place the model on the ranks of `env`: object, class and names stay (L8).
 
     kind: "ddp" keeps a copy on each rank, "fsdp2" slices of weights, gradients and
     optimizer state; on one rank both are the plain model. `blocks` are the submodules
     that fsdp2 gathers one at a time: a glob over names such as "layers.*", a class or a
     function (name, module) -> bool. Rank 0's weights and buffers count on every rank.
     A model given as a function is, under fsdp2, sliced while it is made: no rank holds
-    it whole, and its numbers are those of calling the function. `unused="allow"` accepts
-    trainable parameters that get no gradient; by default they are an error with names.
+    it whole, and its numbers are those of calling the function. `unused="allow"`
+    accepts trainable parameters that get no gradient; by default they are an error with
+    names.
 
-    Alone, `shard_model(env)(model)` returns the placed model for a loop of your own, with
-    gradients averaged over ranks by `loss.backward()`.
-    Neutral (L4). Effects: moves the model, collectives. Raises PlacementError.
-    Li et al. 2020 (DDP, arXiv:2006.15704); Zhao et al. 2023 (FSDP, arXiv:2304.11277).
+    Alone, `shard_model(env)(model)` returns the placed model for a loop of your own,
+    with gradients averaged over ranks by `loss.backward()`. Neutral (L4). Effects:
+    moves the model, collectives. Raises PlacementError. Li et al. 2020 (DDP,
+    arXiv:2006.15704); Zhao et al. 2023 (FSDP, arXiv:2304.11277).
     """
     _choice("shard_model(env, kind)", kind, KINDS)
     _choice("shard_model(unused=...)", unused, ("error", "allow"))
@@ -133,8 +134,8 @@ def _module(factory: Callable[[], Any]) -> Any:
     model = factory()
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"the model function returned {type(model).__name__}, not a torch.nn.Module; "
-            "write `lambda: Net(...)`"
+            f"the model function returned {type(model).__name__}, not a "
+            "torch.nn.Module; write `lambda: Net(...)`"
         )
     return model
 
@@ -159,13 +160,13 @@ def _plain(model: Any, plan: Any) -> Any:
 def _ready(env: Env) -> None:
     if env.alone:
         raise CollectiveError(
-            f"shard_model wants every rank, but rank {env.rank} is alone inside on_main; "
-            "place the model outside it"
+            f"shard_model wants every rank, but rank {env.rank} is alone inside "
+            "on_main; place the model outside it"
         )
     import torch.distributed as dist
 
     if env.world > 1 and not dist.is_initialized():
         raise PlacementError(
-            f"shard_model wants connected ranks, but this Env of {env.world} ranks has no "
-            "process group; write env = accelx.connect()"
+            f"shard_model wants connected ranks, but this Env of {env.world} ranks has "
+            "no process group; write env = accelx.connect()"
         )

@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 
 from accelx.errors import PrecisionError
-from accelx.records import Loss, Out, Pass, Precision, Rules, Transform, code
+from accelx.records import Loss, Out, Pass, Precision, Rules, Transform, amend, code
 
 
 @attrs.frozen(repr=False)
@@ -33,13 +33,14 @@ class WithPrecision:
 def with_precision(wanted: str | Precision) -> Transform:
     """Compute in another dtype: "fp32", "bf16", "fp16", or a Precision of your own.
 
-    "bf16" and "fp16" keep weights, gradients and optimizer state in float32, autocast the
-    loss function, and reduce in float32; fsdp2 also gathers weights in the compute dtype.
-    "fp16" scales the loss (Micikevicius et al. 2018, arXiv:1710.03740): a step whose
-    gradients overflow on any rank is skipped on all, shows in `Out.skipped`, and moves
-    neither step count nor schedule. The model's outputs stay in the compute dtype unless
-    `Precision(output=...)` asks. After placing, the real dtypes are read back.
-    Not neutral. Raises PrecisionError for a precision that is unknown or was not obtained.
+    "bf16" and "fp16" keep weights, gradients and optimizer state in float32, autocast
+    the loss function, and reduce in float32; fsdp2 also gathers weights in the compute
+    dtype. "fp16" scales the loss (Micikevicius et al. 2018, arXiv:1710.03740): a step
+    whose gradients overflow on any rank is skipped on all, shows in `Out.skipped`, and
+    moves neither step count nor schedule. The model's outputs stay in the compute dtype
+    unless `Precision(output=...)` asks. After placing, the real dtypes are read back.
+    Not neutral. Raises PrecisionError for a precision that is unknown or was not
+    obtained.
     """
     spec = WithPrecision(wanted)
     full = spec.precision
@@ -84,8 +85,9 @@ def _possible(full: Precision) -> None:
         )
     if not half and full.compute not in (None, full.param):
         raise PrecisionError(
-            f"compute={full.compute!r} with param={full.param!r} is no precision that torch "
-            f"computes in; write Precision(param={full.compute!r}, compute={full.compute!r})"
+            f"compute={full.compute!r} with param={full.param!r} is no precision that "
+            f"torch computes in; write Precision(param={full.compute!r}, "
+            f"compute={full.compute!r})"
         )
 
 
@@ -130,7 +132,7 @@ def _output_cast(model: Any, output: Any) -> Generator[None]:
 
 @attrs.frozen(repr=False)
 class LossScale:
-    """Spec of the loss scale, and its slot: the factor, and steps since it last changed."""
+    """Spec of the loss scale, and its slot: factor, and steps since it changed."""
 
     scale: float = 65536.0
     good: int = 0
@@ -158,13 +160,13 @@ def rescale(state: Any, out: Out) -> tuple[Any, Out]:
 
     now: LossScale = state.slots["loss_scale"]
     norm = engine_of(state).clip(state, None) if out.norm is None else out.norm
-    out = attrs.evolve(out, norm=norm)
+    out = amend(out, norm=norm)
     if not math.isfinite(float(norm)):
         new = attrs.evolve(now, scale=now.scale / 2, good=0)
         why = (
             f"non-finite gradients at loss scale {now.scale:g}; it is {new.scale:g} now"
         )
-        return with_slot(state, "loss_scale", new), attrs.evolve(out, skipped=why)
+        return with_slot(state, "loss_scale", new), amend(out, skipped=why)
     grown = now.good + 1 >= now.every
     new = attrs.evolve(
         now, scale=now.scale * (2 if grown else 1), good=0 if grown else now.good + 1

@@ -26,14 +26,15 @@ def with_schedule(fn: Callable[[Any], Any]) -> Transform:
     `fn` is either a function of the step (updates made before this one, from 0) to a
     factor of each group's own learning rate, such as `warmup_cosine(200, 10_000)`; or a
     function of an optimizer to a torch scheduler, such as
-    `lambda o: CosineAnnealingLR(o, 10_000)`, which is made for each optimizer and stepped
-    after each update; ReduceLROnPlateau is given `Out.loss`. A skipped step moves neither.
-    Not neutral. Raises TypeError if `fn` returns neither a number nor a scheduler.
+    `lambda o: CosineAnnealingLR(o, 10_000)`, which is made for each optimizer and
+    stepped after each update; ReduceLROnPlateau is given `Out.loss`. A skipped step
+    moves neither. Not neutral. Raises TypeError if `fn` returns neither a number nor a
+    scheduler.
     """
     if not callable(fn):
         raise TypeError(
-            f"with_schedule wants a function of the step or of an optimizer, got {fn!r}; "
-            "write with_schedule(lambda step: 1.0), or lambda o: StepLR(o, 30)"
+            "with_schedule wants a function of the step or of an optimizer, got "
+            f"{fn!r}; write with_schedule(lambda step: 1.0), or lambda o: StepLR(o, 30)"
         )
     why = (
         "two schedules would each set the learning rate; multiply their factors in one"
@@ -54,7 +55,7 @@ def with_schedule(fn: Callable[[Any], Any]) -> Transform:
 
 @attrs.frozen
 class Schedule:
-    """The slot: rates of each optimizer's groups, or torch's schedulers in their place."""
+    """The slot: rates of each optimizer's groups, or torch's schedulers instead."""
 
     base: tuple[tuple[float, ...], ...] = ()
     schedulers: tuple[Any, ...] = ()
@@ -79,7 +80,7 @@ def _open(state: Any, fn: Callable[[Any], Any]) -> Any:
 
 
 def _of_steps(fn: Callable[[Any], Any]) -> bool:
-    """Whether `fn` takes a step: a function of an optimizer has no use for the number 0."""
+    """Whether `fn` takes a step: one of an optimizer has no use for the number 0."""
     try:
         return isinstance(fn(0), int | float)
     except (TypeError, AttributeError):
