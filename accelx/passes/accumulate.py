@@ -30,9 +30,9 @@ def accumulate(n: int) -> Transform:
     batch's rows nor no dimension. Batch normalisation sees microbatches: use another
     normalisation.
     """
-    if n < 1:
+    if not isinstance(n, int) or n < 1:  # type: ignore[reportUnnecessaryIsInstance]
         raise ValueError(
-            f"accumulate wants at least 1 microbatch, got {n}; write 1 or more"
+            f"accumulate wants a whole number of at least 1, got {n!r}; write 1 or more"
         )
 
     def backward(grads: Any) -> Any:
