@@ -2,6 +2,8 @@
 
     python -m accelx.spawn -n 2 examples/custom_pass.py    any number of ranks
     python examples/custom_pass.py                         one process, the same numbers
+
+A pass is a function of the state and the report, and takes part in everything.
 """
 
 import attrs
@@ -41,7 +43,7 @@ def remember(state, out):
     return attrs.evolve(state, slots={**state.slots, "norms": mean}), out
 
 
-clip_first = ax.Rules(after=("clip",), why="the norm is known once clip has measured it")
+clip_first = ax.Rules(after=("clip",), why="clip is what measures the norm")
 noise = ax.transform("noise", before=add_noise)
 norms = ax.transform("norms", start=open_memory, after=remember, rules=clip_first)
 

@@ -2,6 +2,8 @@
 
     python -m accelx.spawn -n 2 examples/distil.py    any number of ranks
     python examples/distil.py                         one process, the same numbers
+
+The teacher learns from labels first; then the student sees the teacher alone.
 """
 
 import torch

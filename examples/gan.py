@@ -3,6 +3,8 @@
     python -m accelx.spawn -n 2 examples/gan.py    any number of ranks
     python examples/gan.py                         one process, the same numbers
     python examples/gan.py 200                     fewer steps than 2000
+
+Each is frozen while the other learns, and nobody conducts.
 """
 
 import math

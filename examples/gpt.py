@@ -4,7 +4,8 @@
     python examples/gpt.py                             one process, the same numbers
     python -m accelx.spawn -n 2 examples/gpt.py --kind fsdp2 --accumulate 4
 
-Takes about two minutes on two CPU cores. The loss curve is written to runs/gpt/loss.png.
+About a minute and a half on two CPU cores. Writes the loss curve to
+runs/gpt/loss.png.
 """
 
 import argparse
@@ -26,7 +27,7 @@ VOCAB, CONTEXT, WIDTH, HEADS, LAYERS = 256, 128, 128, 4, 4
 
 
 def turn(x):
-    """Rotate pairs of features by an angle that grows along the text: where they are."""
+    """Rotate pairs of features by angles that grow along the text: where they are."""
     length, size = x.shape[-2:]
     pace = 1000 ** -torch.linspace(0, 1, size // 2, device=x.device)
     angle = torch.arange(length, device=x.device)[:, None] * pace
@@ -58,7 +59,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """(rows, length) bytes -> (rows, length, 256) logits of the byte that comes next."""
+    """(rows, length) bytes -> (rows, length, 256) logits of the byte after each."""
 
     def __init__(self):
         super().__init__()
@@ -87,7 +88,8 @@ class Windows(Dataset):
     """Windows of CONTEXT + 1 bytes, one every `stride` bytes."""
 
     def __init__(self, text, stride):
-        self.text, self.stride = torch.frombuffer(text, dtype=torch.uint8), stride
+        self.text = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        self.stride = stride
 
     def __len__(self):
         return (len(self.text) - CONTEXT - 1) // self.stride + 1
@@ -101,14 +103,14 @@ def sources():
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     held_out = files[10::20]
     train = [file for file in files if file not in held_out]
-    return [bytearray(b"".join(f.read_bytes() for f in part)) for part in (train, held_out)]
+    return [b"".join(file.read_bytes() for file in part) for part in (train, held_out)]
 
 
-# --------------------------------------------------------------------------- after training
+# ----------------------------------------------------------------------- what comes out
 
 
 def write(model, prompt, length, device):
-    """`prompt`, continued by `length` bytes. Every rank takes part: it may hold a slice."""
+    """`prompt` and `length` bytes more. Every rank takes part: it may hold a slice."""
     dice = torch.Generator().manual_seed(0)
     text = torch.tensor([list(prompt)], device=device)
     for _ in range(length):

@@ -4,7 +4,7 @@
     python examples/ppo.py                         one process, the same numbers
     python examples/ppo.py 10                      fewer rounds than 25
 
-Two losses, two calls of `grads`, one `apply`.
+Two losses: two calls of `grads`, one of `apply`.
 """
 
 import math
@@ -40,7 +40,7 @@ def fresh():
 
 def push(cart, right):
     """0.02 s later: Barto, Sutton, Anderson 1983, in the form that Gymnasium uses."""
-    x, v, angle, turn = cart.unbind(-1)
+    _, v, angle, turn = cart.unbind(-1)
     sin, cos = angle.sin(), angle.cos()
     force = (20.0 * right - 10.0 + 0.05 * turn**2 * sin) / 1.1
     spin = (9.8 * sin - cos * force) / (0.5 * (4 / 3 - 0.1 * cos**2 / 1.1))
@@ -63,16 +63,14 @@ class Player(nn.Module):
 
 
 def play(model, cart):
-    """STEPS steps of this rank's poles: what was seen and done, and what it was worth."""
+    """STEPS steps of this rank's poles: what was seen, done and gained."""
     seen, done, logs, worth, fell = [], [], [], [], []
     for _ in range(STEPS):
         log, value = model("policy", cart).log_softmax(-1), model("value", cart)[:, 0]
         right = (draw() < log[:, 1].exp()).long()
         after, down = push(cart, right)
-        for kept, new in zip(
-            (seen, done, logs, worth, fell), (cart, right, log, value, down), strict=True
-        ):
-            kept.append(new)
+        seen.append(cart), done.append(right), logs.append(log)
+        worth.append(value), fell.append(down)
         cart = torch.where(down[:, None], fresh(), after)
     worth.append(model("value", cart)[:, 0])
     gain, gains = torch.zeros(len(cart)), []
@@ -111,7 +109,8 @@ def value_loss(model, seen, done, logs, gains, returns):
 
 tx = ax.chain(ax.shard_model(env, unused="allow"), ax.clip(0.5))
 state = ax.init(tx, Player, lambda m: Adam(m.parameters(), 3e-3))
-policy, value, update = ax.grads(tx, policy_loss), ax.grads(tx, value_loss), ax.apply(tx)
+policy, value = ax.grads(tx, policy_loss), ax.grads(tx, value_loss)
+update = ax.apply(tx)
 
 cart = fresh()
 for turn in range(rounds):
