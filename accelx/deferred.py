@@ -15,6 +15,7 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from accelx import _torch
 
@@ -135,6 +136,12 @@ class Recorder(_torch.DispatchMode):
         storage.copy_(data)
         self._held[key] = None
 
+    def keep(self, tensor: Tensor) -> None:
+        """Let `tensor` have its data for good: it may be read or written unseen."""
+        key = _key(tensor.detach())  # an operation, so the data is there after it
+        self._held.pop(key, None)
+        self._kept.add(key)
+
     def full(self, tensor: Tensor) -> Tensor:
         """`tensor` with its data: itself, or made again into new memory."""
         key = _key(tensor)
@@ -182,6 +189,34 @@ class Recorder(_torch.DispatchMode):
             live.setdefault(ref.key, tensor.untyped_storage())
 
 
+_READS = (
+    Tensor.numpy,
+    Tensor.__array__,
+    Tensor.tolist,
+    Tensor.data_ptr,
+    Tensor.__dlpack__,
+)
+
+
+class _Unseen(TorchFunctionMode):
+    """Keeps the data of tensors that are read past the dispatcher, as NumPy does."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in _READS:
+            self.recorder.keep(args[0])
+        return func(*args, **(kwargs or {}))
+
+
 def build(
     factory: Callable[[], nn.Module], budget: int = BUDGET
 ) -> tuple[nn.Module, Recorder]:
@@ -190,7 +225,7 @@ def build(
     The module's weights may be empty: `recorder.full(weight)` has the data.
     """
     recorder = Recorder(budget)
-    with recorder:
+    with _Unseen(recorder), recorder:
         model = factory()
     return model, recorder
 
