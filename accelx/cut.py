@@ -12,7 +12,7 @@ from torch import Tensor
 from accelx import tree
 from accelx.errors import DataError, LossError
 from accelx.records import Mean, Out
-from accelx.rows import Rows, leading, rows_of, stamp
+from accelx.rows import Rows, leading, look, stamp
 from accelx.state import State
 
 Args = tuple[Any, ...]
@@ -20,10 +20,9 @@ Args = tuple[Any, ...]
 
 def rows_in(args: Args, ranks: int) -> Rows:
     """How many real rows `args` holds here, and over `ranks`; total 0 where unknown."""
-    marked = rows_of(*args)
+    marked, here = look(args)
     if marked is not None:
         return marked
-    here = leading(*args)
     here = 1 if here is None else here
     return Rows(here, here if ranks == 1 else 0)
 

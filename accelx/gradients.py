@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from accelx import comm, tree
-from accelx.cut import mean_of, rows_in
+from accelx.cut import Args, mean_of, rows_in
 from accelx.engines.placed import engine_of
 from accelx.errors import LossError, PlacementError
 from accelx.records import Env, Loss, Mean, Out, Transform, owing
@@ -18,6 +18,7 @@ from accelx.rows import Rows
 from accelx.state import State
 
 Grads = Callable[..., tuple[State, Out]]
+Inner = Callable[[State, Args, Rows], tuple[State, Out]]
 _ALONE = Env()
 
 
@@ -42,11 +43,17 @@ def _composed(tx: Transform, loss: Loss, handled: frozenset[str]) -> Grads:
     for one in active:
         if one.forward is not None:
             loss = one.forward(loss)
-    grads = _local(loss)
-    for one in active:
-        if one.backward is not None:
-            grads = one.backward(grads)
-    return _whole(grads)
+    local = _local(loss)
+    wraps = [one.backward for one in active if one.backward is not None]
+    if not wraps:
+        return _whole(local)
+
+    def grads(state: State, *args: Any) -> tuple[State, Out]:
+        return local(state, args, rows_in(args, env_of(state).world))
+
+    for wrap in wraps:
+        grads = wrap(grads)
+    return _whole(lambda state, args, rows: grads(state, *args))
 
 
 def env_of(state: State) -> Env:
@@ -55,14 +62,13 @@ def env_of(state: State) -> Env:
     return _ALONE if placed is None else placed.env
 
 
-def _local(loss: Loss) -> Grads:
+def _local(loss: Loss) -> Inner:
     """Forward and backward of one microbatch on this rank; nothing is divided yet.
 
     Gradients come out as of the total over all rows, divided by what `_unit` says.
     """
 
-    def local(state: State, *args: Any) -> tuple[State, Out]:
-        rows = rows_in(args, env_of(state).world)
+    def local(state: State, args: Args, rows: Rows) -> tuple[State, Out]:
         value, aux = read(loss(state.model, *args))
         scale = _loss_scale(state) / _unit(rows.total)
         engine = engine_of(state)
@@ -156,15 +162,15 @@ def _is_mean(node: Any) -> bool:
     return isinstance(node, Mean)
 
 
-def _whole(grads: Grads) -> Grads:
+def _whole(inner: Inner) -> Grads:
     """Reduce weights, losses and aux over ranks at once, then make gradients whole."""
 
     def whole(state: State, *args: Any) -> tuple[State, Out]:
-        env = env_of(state)
-        unit, scale = _rows(args, env).total, 1.0 / _loss_scale(state)
+        env, rows = env_of(state), _rows(args, state)
+        unit, scale = rows.total, 1.0 / _loss_scale(state)
         earlier = _set_aside(state)
         try:
-            state, out = grads(state, *args)
+            state, out = inner(state, args, rows)
             if isinstance(out.loss, Mean) or not unit:
                 out = _reduced(env, out)()
                 if not out.weight:
@@ -186,8 +192,9 @@ def _whole(grads: Grads) -> Grads:
     return whole
 
 
-def _rows(args: tuple[Any, ...], env: Env) -> Rows:
+def _rows(args: Args, state: State) -> Rows:
     """The rows of `args`; refuses rows cut over ranks for a model on one."""
+    env = env_of(state)
     rows = rows_in(args, env.world)
     if env.world == 1 and rows.total > rows.rows:
         raise PlacementError(

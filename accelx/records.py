@@ -153,10 +153,16 @@ def owing(late: Late, **fields: Any) -> Out:
 
 def amend(out: Out, **fields: Any) -> Out:
     """`attrs.evolve(out, **fields)` that does not wait for what is on its way."""
-    if out.late is None:
-        return attrs.evolve(out, **fields)
-    kept = {"norm": out.norm, "stepped": out.stepped, "skipped": out.skipped}
-    return owing(out.late, **{**kept, "times": out.times, **fields})
+    kept = {
+        "norm": out.norm,
+        "stepped": out.stepped,
+        "skipped": out.skipped,
+        "times": out.times,
+        **fields,
+    }
+    if out.late is not None:
+        return owing(out.late, **kept)
+    return Out(out.loss, out.weight, aux=out.aux, **kept)
 
 
 def _reasoned(_: object, __: object, why: str) -> None:

@@ -6,15 +6,13 @@ So the batch stays of the user's own type, and a row that only pads is known as 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 import attrs
+from torch import Tensor
 
 from accelx.errors import DataError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 B = TypeVar("B")
 
@@ -39,7 +37,7 @@ def mark(batch: B, rows: int, total: int) -> B:
 
 def stamp(batch: B, record: Rows) -> B:
     """`mark` with a record that was made before, for loops where it stays the same."""
-    if not _stamp(batch, record, _tensor()) and record.rows == 0:
+    if not _stamp(batch, record) and record.rows == 0:
         raise DataError(
             "a batch must hold a tensor to say that its row is only a placeholder, got "
             f"{type(batch).__name__} without one on a rank that has none of the "
@@ -51,51 +49,46 @@ def stamp(batch: B, record: Rows) -> B:
 
 def rows_of(*args: object) -> Rows | None:
     """The first mark in `args`; None where no tensor carries one."""
-    return _first(args, _record, _tensor())
+    return look(args)[0]
 
 
 def leading(*args: object) -> int | None:
     """`size(0)` of the first tensor in `args` with a dimension; None without one."""
-    return _first(args, _size, _tensor())
+    return look(args)[1]
 
 
-def _record(leaf: Any) -> Any:
-    return getattr(leaf, "_accelx_rows", None)
+def look(args: Iterable[Any]) -> tuple[Rows | None, int | None]:
+    """The first mark in `args` and the first `size(0)`, in one walk: a step does it."""
+    return _look(args, None)
 
 
-def _size(leaf: Any) -> Any:
-    return leaf.size(0) if leaf.dim() else None
+def _look(
+    nodes: Iterable[Any], size: int | None
+) -> tuple[Rows | None, int | None]:
+    for node in nodes:
+        if isinstance(node, Tensor):
+            if size is None and node.dim():
+                size = node.size(0)
+            found = getattr(node, "_accelx_rows", None)
+        else:
+            found, size = _look(_children(node), size)
+        if found is not None:
+            return found, size
+    return None, size
 
 
-def _tensor() -> type[Tensor]:
-    from torch import Tensor  # torch is not loaded by a bare `import accelx`
-
-    return Tensor
-
-
-def _stamp(node: Any, record: Rows, tensor: type[Tensor]) -> bool:
-    if isinstance(node, tensor):
+def _stamp(node: Any, record: Rows) -> bool:
+    if isinstance(node, Tensor):
         node._accelx_rows = record  # type: ignore[attr-defined]
         return True
     found = False
     for child in _children(node):
-        if type(child) is tensor:  # a call less a tensor: 0.3 us
+        if type(child) is Tensor:  # a call less a tensor: 0.3 us
             child._accelx_rows = record  # type: ignore[attr-defined]
             found = True
-        elif _stamp(child, record, tensor):
+        elif _stamp(child, record):
             found = True
     return found
-
-
-def _first(
-    nodes: Iterable[Any], read: Callable[[Any], Any], tensor: type[Tensor]
-) -> Any:
-    for node in nodes:
-        inside = isinstance(node, tensor)
-        value = read(node) if inside else _first(_children(node), read, tensor)
-        if value is not None:
-            return value
-    return None
 
 
 def _children(node: Any) -> Iterable[Any]:
