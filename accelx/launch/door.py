@@ -20,6 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SpawnError as error:
         sys.stderr.write(f"accelx.spawn: {error}\n")
         return 2
-    from accelx.launch.start import start  # attrs, ctypes, pickle: 0.1 s
+    try:
+        from accelx.launch.start import start  # attrs, ctypes, pickle: 0.1 s
 
-    return start(given)
+        return start(given)
+    except KeyboardInterrupt:  # before a rank was started
+        return 130

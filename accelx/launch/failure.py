@@ -21,7 +21,7 @@ FOLLOWS = re.compile(
     "|failed to recv|remote process exited|Connection refused|Application timeout"
 )
 DISTRIBUTED = {"DistError", "DistBackendError", "DistNetworkError", "DistStoreError"}
-SIGNALS = {
+SIGNALS: dict[int, str] = {
     signal.SIGKILL: "out of memory, or kill -9",
     signal.SIGSEGV: "a fault in native code",
     signal.SIGABRT: "native code gave up, such as a failed assertion or a watchdog",
@@ -68,10 +68,10 @@ def died(rank: int, status: int, stack: str) -> Failure | None:
     if code > 0:
         summary = f"os._exit({code}), or native code's exit, without a traceback"
         return Failure(rank, now, "exit", summary, code, stack)
-    number = signal.Signals(-code)
-    reading = SIGNALS.get(number)
-    summary = f"killed by {number.name}" + (f" ({reading})" if reading else "")
-    return Failure(rank, now, "signal", summary, 128 + number, stack)
+    named = -code in set(signal.Signals)  # real-time signals have numbers only
+    name = signal.Signals(-code).name if named else f"signal {-code}"
+    reading = f" ({SIGNALS[-code]})" if -code in SIGNALS else ""
+    return Failure(rank, now, "signal", f"killed by {name}{reading}", 128 - code, stack)
 
 
 def first(failures: Iterable[Failure]) -> Failure:

@@ -83,8 +83,7 @@ def _read(stream: Stream) -> bytes | None:
 
 
 def _pass_on(stream: Stream, data: bytes) -> None:
-    if stream.log is not None:
-        stream.log.write(data)
+    write_log(stream, data)
     if not stream.prefix:
         put(stream.screen, data)
         return
@@ -95,6 +94,17 @@ def _pass_on(stream: Stream, data: bytes) -> None:
         stream.prefix + line + b"\n" for line, end in lines if line or end != b"\r"
     )
     put(stream.screen, b"".join(shown))
+
+
+def write_log(stream: Stream, data: bytes) -> None:
+    """Add to the rank's log. A full disk ends the log, not the run."""
+    if stream.log is None:
+        return
+    try:
+        stream.log.write(data)
+    except OSError as error:
+        put(2, f"accelx.spawn: log of rank {stream.rank} ends: {error}\n".encode())
+        stream.log = None
 
 
 def put(screen: int, data: bytes) -> None:

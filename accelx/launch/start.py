@@ -34,8 +34,6 @@ def start(given: argparse.Namespace) -> int:
         code = _run(asked)
     except SpawnError as error:
         return _refused(asked, error)
-    except KeyboardInterrupt:  # before a rank was started
-        return 128 + signal.SIGINT
     if "torch" in sys.modules:
         ending.code = code
     return code

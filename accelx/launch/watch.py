@@ -13,7 +13,7 @@ from collections.abc import Generator
 import attrs
 
 from accelx.launch.failure import Failure, died, first, loads, told
-from accelx.launch.output import Stream, finish, pump
+from accelx.launch.output import Stream, finish, pump, write_log
 from accelx.launch.plan import Plan
 
 SETTLE = 2.0  # seconds that the others have to end by themselves after a failure
@@ -48,6 +48,7 @@ class Run:
     asked_at: float = 0.0
     stage: str = "running"  # settling, ending, killing
     deadline: float | None = None
+    stopped_at: float = float("inf")  # what fails later fails because it was stopped
     unkind: list[int] = attrs.field(factory=list)  # ranks that had to be killed
 
     @property
@@ -135,7 +136,7 @@ def _signalled(run: Run, number: signal.Signals) -> None:
         run.asked, run.asked_at = number, time.monotonic()
         run.stage, run.deadline = "ending", run.asked_at + run.plan.grace
         _announce(run, number)
-        _stop(run.alive, number)
+        _stop(run, number)
     elif time.monotonic() - run.asked_at > REPEAT:
         run.deadline = 0.0  # asked twice: now
 
@@ -177,9 +178,10 @@ def _ended(run: Run, rank: Rank, status: int) -> None:
     rank.code = silent.code if silent else 0
     if rank.failure is None and not by_request:
         rank.failure = silent
-    log = next((s.log for s in run.streams if s.rank == rank.number), None)
-    if log is not None and rank.failure is not None:
-        log.write(f"{rank.failure.text or rank.failure.summary}\n".encode())
+    stream = next((s for s in run.streams if s.rank == rank.number), None)
+    if stream is not None and rank.failure is not None:
+        words = rank.failure.text or rank.failure.summary
+        write_log(stream, f"{words}\n".encode())
     if rank.failure is not None and run.asked is not None and not _grave(rank.failure):
         rank.failure = None  # ended as it was asked to
 
@@ -205,7 +207,7 @@ def _advance(run: Run) -> None:
         return
     if run.stage == "settling":
         run.stage, run.deadline = "ending", now + run.plan.grace
-        _stop(run.alive, signal.SIGTERM)
+        _stop(run, signal.SIGTERM)
     else:
         run.stage, run.deadline = "killing", None
         run.unkind = [rank.number for rank in run.alive]
@@ -214,10 +216,11 @@ def _advance(run: Run) -> None:
             _send_group(rank, signal.SIGKILL)
 
 
-def _stop(ranks: list[Rank], number: signal.Signals) -> None:
-    for rank in ranks:
+def _stop(run: Run, number: signal.Signals) -> None:
+    run.stopped_at = time.monotonic()
+    for rank in run.alive:
         rank.stopped = True
-    _send(ranks, number)
+    _send(run.alive, number)
 
 
 def _send(ranks: list[Rank], number: signal.Signals) -> None:
@@ -235,7 +238,8 @@ def _end(run: Run) -> End:
     notes = [f"{_names(run.unkind)} did not end in time and had to be killed"]
     notes *= bool(run.unkind)
     if failures:
-        root = first(failures)
+        before = [failure for failure in failures if failure.time <= run.stopped_at]
+        root = first(before or failures)
         others = sum(bool(r.code) for r in run.ranks if r.number != root.rank)
         text = told(root, run.plan.host, others)
         notes += _early(run, root)

@@ -1,5 +1,6 @@
 """How the door tests start the launcher: a program of its own, in a given folder."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -48,14 +49,18 @@ def program(file, *words, timeout=60):
     )
 
 
-def begin(*words, lines, **more):
+@contextlib.contextmanager
+def begun(*words, lines, **more):
     """Start the launcher and read as many lines of its output; it still runs then."""
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command(*words),
         cwd=SCRIPTS,
         env=environment(**more),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    return process, [process.stdout.readline().strip() for _ in range(lines)]
+    ) as process:
+        try:
+            yield process, [process.stdout.readline().strip() for _ in range(lines)]
+        finally:
+            process.kill()  # its ranks end with it

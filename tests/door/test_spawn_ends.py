@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.door.spawning import begin, launch
+from tests.door.spawning import begun, launch
 
 pytestmark = pytest.mark.door
 HOST = socket.gethostname()
@@ -77,13 +77,13 @@ def test_ranks_that_do_not_heed_are_killed():
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_reaches_each_rank_once(name):
     """Handled by the ranks it ends well, also if it is repeated at once."""
-    process, _ = begin("-n", 2, "signals.py", "count", lines=2)
-    for _ in range(2):  # as from a terminal and from a wrapper around the launcher
-        process.send_signal(signal.Signals[name])
-    out, errors = process.communicate(timeout=30)
-    assert out.splitlines() == [f"got {name}"] * 2
-    assert process.returncode == 0
-    assert errors.splitlines()[1:] == []
+    with begun("-n", 2, "signals.py", "count", lines=2) as (process, _):
+        for _ in range(2):  # as from a terminal and from a wrapper around the launcher
+            process.send_signal(signal.Signals[name])
+        out, errors = process.communicate(timeout=30)
+        assert out.splitlines() == [f"got {name}"] * 2
+        assert process.returncode == 0
+        assert errors.splitlines()[1:] == []
 
 
 @pytest.mark.parametrize(
@@ -92,36 +92,37 @@ def test_a_signal_reaches_each_rank_once(name):
 )
 def test_the_exit_code_says_how_ranks_took_a_signal(how, name, code):
     """128 + signal where it ended them, or the code that they chose; no traceback."""
-    process, _ = begin("-n", 2, "signals.py", how, lines=2)
-    process.send_signal(signal.Signals[name])
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == code
-    assert re.fullmatch(f"accelx.spawn: {name}: waiting up to 30 s .*\n", errors)
+    with begun("-n", 2, "signals.py", how, lines=2) as (process, _):
+        process.send_signal(signal.Signals[name])
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == code
+        assert re.fullmatch(f"accelx.spawn: {name}: waiting up to 30 s .*\n", errors)
 
 
 def test_sigusr1_is_passed_on_and_the_second_ctrl_c_kills():
     """A notice ends nothing; an impatient user is not kept waiting for the grace."""
-    process, lines = begin("-n", 2, "signals.py", "ignore", lines=2)
-    process.send_signal(signal.SIGUSR1)
-    process.send_signal(signal.SIGINT)
-    time.sleep(1.2)  # less than a second apart they would be one
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert "Ctrl-C again" in errors
-    assert "had to be killed" in errors
-    assert gone([int(line.split()[1]) for line in lines])
+    with begun("-n", 2, "signals.py", "ignore", lines=2) as (process, lines):
+        process.send_signal(signal.SIGUSR1)
+        process.send_signal(signal.SIGINT)
+        heard = process.stderr.readline()
+        time.sleep(1.2)  # less than a second apart they would be one
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 130
+        assert "Ctrl-C again" in heard
+        assert "had to be killed" in errors
+        assert gone([int(line.split()[1]) for line in lines])
 
 
 def test_a_killed_launcher_leaves_no_ranks():
     """The kernel ends them: nobody is there to do it."""
-    process, lines = begin("-n", 2, "signals.py", "default", lines=2)
-    pids = [int(line.split()[1]) for line in lines]
-    assert all(map(runs, pids))
-    process.kill()
-    process.communicate(timeout=30)
-    assert gone(pids)
+    with begun("-n", 2, "signals.py", "default", lines=2) as (process, lines):
+        pids = [int(line.split()[1]) for line in lines]
+        assert all(map(runs, pids))
+        process.kill()
+        process.communicate(timeout=30)
+        assert gone(pids)
 
 
 def test_starts_are_clean_also_beside_each_other():
