@@ -136,8 +136,10 @@ def add(outs: list[Out]) -> Out:
         total = torch.stack([torch.as_tensor(m.total) for m in means]).sum()
         weight = sum(weights[1:], start=weights[0])
         return attrs.evolve(outs[0], loss=Mean(total, weight), weight=weight, aux=aux)
-    losses = torch.stack([torch.as_tensor(out.loss) for out in outs])
-    rows = torch.tensor(weights, dtype=losses.dtype, device=losses.device)
+    real = [out for out in outs if out.weight] or outs[:1]  # not a placeholder's nan
+    losses = torch.stack([torch.as_tensor(out.loss) for out in real])
+    each = [out.weight for out in real]
+    rows = torch.tensor(each, dtype=losses.dtype, device=losses.device)
     count = sum(weights)
     return Out(losses.dot(rows).div(max(1, count)), count, aux=aux)
 
