@@ -1,0 +1,92 @@
+"""A batch is cut by rows, wherever they are, and parts of a report add up."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+import accelx as ax
+from accelx.cut import add, cut, rows_in
+from accelx.records import Out
+from accelx.rows import Rows, mark, rows_of
+
+
+@dataclasses.dataclass
+class Batch:
+    """A user's own batch."""
+
+    x: torch.Tensor
+    names: list
+
+
+@given(st.integers(1, 12), st.integers(1, 7), st.integers(1, 3))
+def test_every_row_is_in_one_part_in_order(length, n, ranks):
+    """Parts put together are the batch, each is marked with its rows, sizes differ by 1."""
+    x = mark(torch.arange(length), length, length * ranks)
+    parts = [args[0] for args in cut((x,), n, ranks)]
+    real = [part for part in parts if rows_of(part).rows]
+    assert torch.equal(torch.cat(real), x)
+    sizes = [rows_of(part).rows for part in parts]
+    assert sum(sizes) == length
+    assert max(sizes) - min(sizes) <= 1
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(parts) == (n if ranks > 1 else min(n, length))
+    assert all(len(part) >= 1 for part in parts)
+    assert all(rows_of(part).total == length * ranks for part in parts)
+
+
+def test_rows_are_found_in_any_container():
+    """Tensors with rows and lists of one entry a row are cut, the rest goes to each."""
+    data = {
+        "batch": Batch(torch.arange(4), ["a", "b", "c", "d"]),
+        "pair": (torch.arange(8).view(4, 2), 3.5),
+        "scale": torch.tensor(2.0),
+        "note": "text",
+        "none": None,
+    }
+    first, second = (args[0] for args in cut((data,), 2, 1))
+    assert first["batch"].names == ["a", "b"]
+    assert second["batch"].names == ["c", "d"]
+    assert second["batch"].x.tolist() == [2, 3]
+    assert second["pair"][0].tolist() == [[4, 5], [6, 7]]
+    assert first["scale"] is data["scale"]
+    assert (second["pair"][1], second["note"], second["none"]) == (3.5, "text", None)
+
+
+def test_a_placeholder_is_cut_into_placeholders():
+    """A rank without rows takes part in every microbatch."""
+    parts = cut((mark(torch.ones(1, 2), 0, 5),), 3, 2)
+    assert [rows_of(part) for part in parts] == [Rows(0, 5)] * 3
+
+
+def test_rows_that_are_not_those_of_the_mark_are_refused():
+    """Rows added after ax.feed would be weighed wrongly."""
+    with pytest.raises(ax.DataError, match="says that it has 2 rows here, but .* 3"):
+        cut((mark(torch.ones(3), 2, 4),), 2, 1)
+
+
+def test_unmarked_rows_are_known_on_one_rank_alone():
+    """On several, what others have is not known: total 0."""
+    assert rows_in((torch.ones(3),), 1) == Rows(3, 3)
+    assert rows_in((torch.ones(3),), 2) == Rows(3, 0)
+    assert rows_in((7,), 1) == Rows(1, 1)
+
+
+def test_reports_add_as_means_and_rows():
+    """A mean over rows is weighed by rows, Means by their weights, rows are joined."""
+    one = Out(torch.tensor(2.0), 1, aux={"y": torch.ones(1), "m": ax.Mean(1.0, 1)})
+    two = Out(torch.tensor(5.0), 2, aux={"y": torch.zeros(2), "m": ax.Mean(4.0, 3)})
+    whole = add([one, two])
+    assert whole.loss == pytest.approx(4.0)
+    assert whole.weight == 3
+    assert whole.aux["y"].tolist() == [1, 0, 0]
+    assert whole.aux["m"].value == pytest.approx(5 / 4)
+
+
+def test_a_part_without_rows_adds_nothing_even_if_it_is_nan():
+    """A placeholder's numbers are never looked at."""
+    nothing = Out(torch.tensor(float("nan")), 0, aux=torch.ones(1))
+    whole = add([Out(torch.tensor(3.0), 2, aux=torch.zeros(2)), nothing])
+    assert whole.loss == 3.0
+    assert whole.aux.tolist() == [0, 0]

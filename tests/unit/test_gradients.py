@@ -1,0 +1,84 @@
+"""What comes out of a loss: one mean, its aux, and rows that count or do not."""
+
+import pytest
+import torch
+
+import accelx as ax
+from accelx import testing
+from accelx.gradients import read
+from tests.laws import training as t
+
+ENV = ax.Env()
+
+
+def test_aux_is_reported_without_its_graph():
+    """Whatever tree it is, nothing in it keeps the graph alive."""
+    tx = ax.identity
+    state = ax.init(tx, t.made(), t.grouped)
+
+    def loss(model, batch):
+        each = t.each(model, batch[0])
+        return each.mean(), {"rows": each.mean(1), "m": ax.Mean(each.sum(), each.numel())}
+
+    _, out = ax.step(tx, loss)(state, t.part(ENV, t.batches()[0]))
+    assert not out.aux["rows"].requires_grad
+    assert not out.aux["m"].total.requires_grad
+    assert not out.loss.requires_grad
+    assert out.aux["m"].value == pytest.approx(out.loss.item())
+
+
+@pytest.mark.multi
+def test_aux_means_are_over_all_ranks_and_microbatches():
+    """The same on any number of ranks: Means reduced, rows those of this rank."""
+
+    def loss(model, batch):
+        each = t.each(model, batch[0])
+        return each.mean(), (ax.Mean((each * batch[1]).sum(), batch[1].sum()), each[:, 0])
+
+    def rank(env):
+        tx = ax.chain(ax.shard_model(env), ax.accumulate(3))
+        _, out = ax.step(tx, loss)(ax.init(tx, t.made(), t.grouped), t.part(env, batch))
+        return float(out.aux[0].value), float(out.aux[0].weight), out.aux[1]
+
+    batch = t.batches()[0]
+    model = t.made()()
+    _, (mean, rows) = loss(model, batch)
+    for world in (1, 2, 3):
+        found = testing.run(world)(rank)()
+        for value, weight, _ in found:
+            assert value == pytest.approx(mean.value.item(), abs=1e-12)
+            assert weight == batch[1].sum()
+        assert torch.allclose(torch.cat([x[2] for x in found]), rows, atol=1e-12)
+
+
+def test_means_add_and_divide_once():
+    """Mean.of, + and value; nothing counted is nan."""
+    assert (ax.Mean(1.0, 2) + ax.Mean(5.0, 4)).value == 1.0
+    assert ax.Mean.of(3.0, 4).total == 12.0
+    assert ax.Mean(0.0, 0).value != ax.Mean(0.0, 0).value
+
+
+@pytest.mark.parametrize("weight", [torch.tensor(2), torch.tensor(2.0), 2, 2.0])
+def test_a_weight_may_be_a_number_or_any_tensor(weight):
+    """Integers and floats alike, for the same gradient."""
+    tx = ax.identity
+    state = ax.init(tx, lambda: torch.nn.Linear(1, 1, bias=False).double(), None)
+    batch = torch.ones(2, 1, dtype=torch.float64)
+    _, out = ax.grads(tx, lambda m, x: ax.Mean(m(x).sum(), weight))(state, batch)
+    assert float(out.weight) == 2
+
+
+def test_read_takes_three_forms():
+    """A tensor, a Mean, and either with aux."""
+    one, mean = torch.ones(()), ax.Mean(torch.ones(()), 1)
+    assert read(one) == (one, None)
+    assert read(mean) == (mean, None)
+    assert read((one, 3)) == (one, 3)
+    assert read((mean, {"a": 1})) == (mean, {"a": 1})
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(1), [1], 1.0, None, (1, 2, 3), "loss"])
+def test_read_refuses_the_rest(wrong):
+    """With what came and what to return."""
+    with pytest.raises(ax.LossError, match=r"return loss|loss\.mean\(\)"):
+        read(wrong)
