@@ -34,7 +34,7 @@ NAMESPACE = {name: getattr(ax, name) for name in ax.__all__} | {
 
 
 def evaluated(code):
-    """What printed code makes in the namespace of accelx and of this file's functions."""
+    """What printed code makes, in the names of accelx and of this file."""
     return eval(code, dict(NAMESPACE))
 
 

@@ -1,4 +1,4 @@
-"""L1, L2, L3: chain has a neutral element, is associative, and keeps each stage's order."""
+"""L1, L2, L3: chain has a neutral element, is associative and keeps order."""
 
 from hypothesis import given, strategies as st
 
@@ -16,7 +16,7 @@ def attempt(*transforms):
 
 
 def nested(parts, cuts):
-    """The chain of `parts` in the grouping that `cuts` says, or None where it raises."""
+    """The chain of `parts` grouped as `cuts` says, or None where it raises."""
     parts = list(parts)
     for cut in cuts:
         if len(parts) < 2:
@@ -89,7 +89,7 @@ def test_control_the_order_of_a_chain_is_part_of_it():
 
 @given(st.lists(single, min_size=2, max_size=5))
 def test_a_refused_order_comes_with_one_that_works(parts):
-    """The suggestion is made of the same passes, and chain takes it as it is printed."""
+    """The suggestion is made of the same passes, and chain takes it as printed."""
     error = attempt(*parts)
     if not isinstance(error, ax.OrderError):
         return

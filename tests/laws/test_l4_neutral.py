@@ -134,7 +134,9 @@ def gaps(world):
     """Every case on `world` ranks, in one launch: of each rank, {case: gap}."""
     for case in cases():
         judge(case[2], case[3], case[6])  # before the fork, for all ranks at once
-    others = EXACT | CONTROLS | ({"unsynchronised": unsynchronised} if world > 1 else {})
+    others = (
+        EXACT | CONTROLS | ({"unsynchronised": unsynchronised} if world > 1 else {})
+    )
 
     def rank(env):
         found = {case: run_case(env, case) for case in cases()}
@@ -146,7 +148,7 @@ def gaps(world):
 @pytest.mark.parametrize("case", cases(), ids=label)
 @pytest.mark.parametrize("world", WORLDS)
 def test_any_placement_makes_the_run_of_one_process(world, case):
-    """Every loss, norm and parameter after every step is that of the hand-written loop."""
+    """Every loss, norm and parameter after every step is the hand-written loop's."""
     found = [rank[case] for rank in gaps(world)]
     assert max(found) < TOLERANCE[case[3]], found
 

@@ -18,7 +18,7 @@ DATA = t.batches(rows=(5, 4, 3, 6))
 
 @each_kind
 def test_a_fork_takes_the_step_that_the_state_would_take(kind):
-    """step(fork(s), b) is step(s, b) to the bit, in weights, report and what follows."""
+    """step(fork(s), b) is step(s, b) to the bit, and so is what follows."""
 
     def rank(env):
         tx = t.pipeline(env, kind, ax.accumulate(2))
@@ -94,9 +94,7 @@ def spent_states():
     """A state used by each function that uses one up, by its name."""
     tx = t.pipeline(ax.Env(), "plain")
     batch = t.part(ax.Env(), DATA[0])
-    by_step, by_grads, by_apply = (
-        ax.init(tx, t.made(), t.grouped) for _ in range(3)
-    )
+    by_step, by_grads, by_apply = (ax.init(tx, t.made(), t.grouped) for _ in range(3))
     ax.step(tx, t.bare)(by_step, batch)
     ax.grads(tx, t.bare)(by_grads, batch)
     by_apply, out = ax.grads(tx, t.bare)(by_apply, batch)

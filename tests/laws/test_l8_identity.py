@@ -105,7 +105,7 @@ def check(env, kind, make, seed):
 
 @pytest.mark.parametrize("kind", t.KINDS)
 def test_any_model_keeps_object_class_and_names(kind):
-    """Nested, tied, frozen, with buffers, in two modes: nothing that a user sees moves."""
+    """Nested, tied, frozen, with buffers, in two modes: nothing that is seen moves."""
 
     def rank(env):
         @settings(max_examples=20)

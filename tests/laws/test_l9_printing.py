@@ -6,6 +6,7 @@ from hypothesis import given, strategies as st
 import accelx as ax
 from tests.laws.chains import ENV, chains, evaluated, factor, keep, single
 
+
 @given(chains)
 def test_what_is_printed_makes_an_equal(tx):
     """eval(repr(tx)) == tx, and prints the same."""
@@ -35,7 +36,9 @@ CALLS = [
     lambda: ax.with_precision(ax.Precision(compute="bf16")),
     lambda: ax.with_schedule(factor),
     lambda: ax.with_schedule(ax.warmup_cosine(2, 9)),
-    lambda: ax.transform("mine", before=keep, rules=ax.Rules(after=("clip",), why="so")),
+    lambda: ax.transform(
+        "mine", before=keep, rules=ax.Rules(after=("clip",), why="so")
+    ),
 ]
 
 

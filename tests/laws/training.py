@@ -44,12 +44,14 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Tied to the root, across blocks and inside one, with frozen weights and buffers."""
+    """Tied to the root, across blocks and inside one; frozen weights and buffers."""
 
     def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(TOKENS, WIDTH)
-        self.layers = nn.ModuleList([Block(False), Block(False), Block(True), Block(False)])
+        self.layers = nn.ModuleList(
+            [Block(False), Block(False), Block(True), Block(False)]
+        )
         self.layers[1].inner.weight = self.layers[0].inner.weight
         self.head = nn.Linear(WIDTH, TOKENS)
         self.head.weight = self.embed.weight
@@ -75,7 +77,7 @@ def made(dtype=torch.float64, seed=1):
 
 
 def batches(rows=ROWS, dtype=torch.float64):
-    """Whole batches (tokens, mask): masks are ragged, with rows and halves of nothing."""
+    """Whole batches (tokens, mask) with ragged masks: rows and halves of nothing."""
     draw = torch.Generator().manual_seed(5)
     result = []
     for k, n in enumerate(rows):
@@ -194,7 +196,7 @@ def lopsided(n, rank, world):
 
 
 def part(env, batch, split=even):
-    """This rank's rows of a whole batch, marked; a placeholder row where it has none."""
+    """This rank's rows of a whole batch, marked; a placeholder where it has none."""
     total = len(batch[0])
     low, high = split(total, env.rank, env.world)
     rows = slice(low, high) if high > low else slice(0, 1)
@@ -217,7 +219,7 @@ def train(tx, env, model, loss, optim, data, split=even):
 def apart(judge, run, rank=0, world=1):
     """The largest difference from the judge: in losses, norms and weights, at any step.
 
-    A run that holds slices of its weights, those of `rank` of `world`, is held to slices.
+    A run that holds slices of its weights, as `rank` of `world`, is held to slices.
     """
     assert len(judge) == len(run)
     worst = 0.0

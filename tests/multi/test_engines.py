@@ -107,7 +107,7 @@ def test_a_loss_that_raises_leaves_the_state_as_it_was(kind):
         with pytest.raises(KeyError, match="no such column"):
             ax.grads(tx, breaks)(state, t.part(env, DATA[1]))
         assert t.same(gradients(state.model), kept)
-        state, out = ax.step(tx, t.masked)(state, t.part(env, DATA[1]))
+        state, _out = ax.step(tx, t.masked)(state, t.part(env, DATA[1]))
         assert state.step == 1
         _, model = by_torch([(t.bare, DATA[0]), (t.masked, DATA[1])])
         nn.utils.clip_grad_norm_(model.parameters(), t.LIMIT)
@@ -189,7 +189,9 @@ def test_evaluating_restores_every_mode_and_does_not_spend(kind):
             with ax.evaluating(state) as model:  # between steps, it disturbs nothing
                 model(batch[0])
             state, out = ax.step(tx, t.bare)(state, t.part(env, batch))
-            trace.append(t.Step(out.loss.item(), out.norm.item(), t.weights(state.model)))
+            trace.append(
+                t.Step(out.loss.item(), out.norm.item(), t.weights(state.model))
+            )
         judge = t.by_hand(t.made(), t.bare, t.grouped, data)
         assert t.apart(judge, trace, env.rank, env.world) < 1e-12
 
@@ -211,8 +213,11 @@ def test_measure_is_exact_over_batches_and_ranks(kind):
         for batch in t.batches(rows=(5, 1, 2)):
             found = ax.measure(tx, both)(state, t.part(env, batch))
             total = found if total is None else {k: total[k] + found[k] for k in found}
-        parts = [torch.as_tensor(x, dtype=torch.float64) for m in total.values() for x in
-                 (m.total, m.weight)]
+        parts = [
+            torch.as_tensor(x, dtype=torch.float64)
+            for m in total.values()
+            for x in (m.total, m.weight)
+        ]
         whole = ax.reduce(env, parts, "sum") if env.world > 1 else parts
         return [whole[0] / whole[1], whole[2] / whole[3]]
 
@@ -254,7 +259,10 @@ def networks():
     pair = Maker().double(), Critic().double()
     draw = torch.Generator().manual_seed(4)
     return *pair, [
-        (torch.randn(5, 2, generator=draw).double(), torch.randn(5, 3, generator=draw).double())
+        (
+            torch.randn(5, 2, generator=draw).double(),
+            torch.randn(5, 3, generator=draw).double(),
+        )
         for _ in range(3)
     ]
 
@@ -304,10 +312,12 @@ def test_a_gan_of_two_states_is_the_run_of_one_process(kind):
                 gen, _ = gen_step(gen, z, model)
             assert not gradients(disc.model)
             assert all(p.requires_grad for p in disc.model.parameters())
-        return [compare(env, t.weights(s.model), w)
-                for s, w in zip((gen, disc), gan_by_hand(), strict=True)]
+        return [
+            compare(env, t.weights(s.model), w)
+            for s, w in zip((gen, disc), gan_by_hand(), strict=True)
+        ]
 
-    assert max(sum(launch(kind)(rank)(), [])) < 1e-12
+    assert max(gap for gaps in launch(kind)(rank)() for gap in gaps) < 1e-12
 
 
 @each_kind
@@ -346,7 +356,7 @@ def clipping():
 
 
 def test_an_engine_absorbs_what_it_handles():
-    """The pass named in `handles` is skipped at run time, its spec is there to be read."""
+    """The pass named in `handles` is skipped in a run, its spec is still there."""
     _, place = clipping()
     tx = ax.chain(place, ax.clip(0.5))
     state = ax.init(tx, t.made(), lambda m: torch.optim.SGD(m.parameters(), 1.0))
@@ -354,9 +364,7 @@ def test_an_engine_absorbs_what_it_handles():
     state, out = ax.step(tx, t.bare)(state, t.part(ax.Env(), DATA[0]))
     assert out.norm is None  # clip itself did not run
     assert tx.find("clip").norm == 0.5
-    moved = [
-        (before[n] - p).square().sum() for n, p in state.model.named_parameters()
-    ]
+    moved = [(before[n] - p).square().sum() for n, p in state.model.named_parameters()]
     assert abs(sum(moved).sqrt() - 1e-3) < 1e-8
 
 
@@ -383,7 +391,9 @@ class Partly(nn.Module):
         self.asked = False
 
     def forward(self, x):
-        return self.layers[0](x) if not self.asked else self.layers[1](self.layers[0](x))
+        return (
+            self.layers[0](x) if not self.asked else self.layers[1](self.layers[0](x))
+        )
 
 
 def partly():
@@ -410,7 +420,12 @@ def test_parameters_without_a_gradient_are_named_with_the_choices(kind):
         return str(error.value)
 
     for text in testing.run(2)(rank)():
-        for part in ("layers.1.weight, layers.1.bias", "requires_grad_(False)", '"allow"', kind):
+        for part in (
+            "layers.1.weight, layers.1.bias",
+            "requires_grad_(False)",
+            '"allow"',
+            kind,
+        ):
             assert part in text
 
 
@@ -423,7 +438,9 @@ def test_unused_allow_is_the_run_of_one_process(kind):
         return square(model, batch)
 
     draw = torch.Generator().manual_seed(3)
-    data = [[torch.rand(4, 2, generator=draw).double() + 2 * (k == 2)] for k in range(4)]
+    data = [
+        [torch.rand(4, 2, generator=draw).double() + 2 * (k == 2)] for k in range(4)
+    ]
     sgd = lambda m: torch.optim.SGD(m.parameters(), 0.1)  # noqa: E731
 
     def rank(env):
@@ -433,17 +450,21 @@ def test_unused_allow_is_the_run_of_one_process(kind):
             state, _ = ax.step(tx, loss)(state, t.part(env, batch))
         return compare(env, t.weights(state.model), judge)
 
-    judge = t.by_hand(partly, loss, sgd, data, limit=1e9, factor=lambda k: 1.0)[-1].weights
+    judge = t.by_hand(partly, loss, sgd, data, limit=1e9, factor=lambda k: 1.0)[
+        -1
+    ].weights
     assert max(testing.run(2)(rank)()) < 1e-12
 
 
 def test_in_a_loop_of_ones_own_ddp_names_unused_parameters():
-    """torch complains with indices at the next forward; here it is names and choices."""
+    """torch complains with indices at the next forward; here with names and choices."""
 
     def rank(env):
         model = ax.shard_model(env)(partly())
         model(torch.ones(2, 2).double()).sum().backward()
-        with pytest.raises(ax.UnusedParameterError, match=r"layers\.1\.weight") as error:
+        with pytest.raises(
+            ax.UnusedParameterError, match=r"layers\.1\.weight"
+        ) as error:
             model(torch.ones(2, 2).double()).sum().backward()
         assert "unused=" in str(error.value)
 
@@ -492,7 +513,9 @@ def test_batch_norm_warns_and_averages_its_statistics():
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
         with pytest.warns(ax.NeutralityWarning, match=r"1 normalise.*GroupNorm"):
-            state = ax.init(ax.shard_model(env), net, lambda m: torch.optim.SGD(m.parameters(), 0.1))
+            state = ax.init(
+                ax.shard_model(env), net, lambda m: torch.optim.SGD(m.parameters(), 0.1)
+            )
         batch = t.part(env, [torch.arange(16.0).reshape(8, 2)])
         state, _ = ax.step(ax.shard_model(env), square)(state, batch)
         return state.model[1].running_mean, copy.deepcopy(batch)

@@ -120,8 +120,11 @@ def test_bfloat16_is_autocast_to_rounding(kind):
         tx = placing(env, kind, "bf16")
         state = ax.init(tx, tiny, adam)
         state, _ = ax.grads(tx, loss)(state, batch(env))
-        return {n: t.whole(p.grad) for n, p in state.model.named_parameters()
-                if p.grad is not None}
+        return {
+            n: t.whole(p.grad)
+            for n, p in state.model.named_parameters()
+            if p.grad is not None
+        }
 
     def judge(dtype):
         model = tiny()
@@ -190,7 +193,7 @@ def test_a_scaled_loss_leaves_the_numbers_of_the_gradient(kind):
 
     def rank(env):
         tx = ax.chain(placing(env, kind, "fp16"), ax.accumulate(2), ax.clip(0.01))
-        state, out = ax.step(tx, loss)(ax.init(tx, tiny, adam), batch(env))
+        _state, out = ax.step(tx, loss)(ax.init(tx, tiny, adam), batch(env))
         return float(out.norm), float(out.loss), out.skipped
 
     model = tiny()
@@ -232,8 +235,12 @@ def test_a_pass_that_changes_dtypes_after_placing_is_caught(kind):
 
     def rank(env):
         place_it = ax.identity if kind == "plain" else ax.shard_model(env, kind)
-        tx = ax.chain(ax.with_precision("fp32"), place_it, ax.transform("bad", place=place))
-        with pytest.raises(ax.PrecisionError, match=r"layers\.0\.weight is torch.bfloat16"):
+        tx = ax.chain(
+            ax.with_precision("fp32"), place_it, ax.transform("bad", place=place)
+        )
+        with pytest.raises(
+            ax.PrecisionError, match=r"layers\.0\.weight is torch.bfloat16"
+        ):
             ax.init(tx, tiny, adam)
 
     testing.run(t.ranks(kind))(rank)()

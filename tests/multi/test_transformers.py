@@ -13,13 +13,20 @@ from tests.laws import training as t
 
 tf = pytest.importorskip("transformers")
 pytestmark = [pytest.mark.multi, t.quiet_views]
-SIZE = {"vocab_size": 23, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+SIZE = {
+    "vocab_size": 23,
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+}
 
 
 def bert():
     """A tiny BERT for masked words, its head tied."""
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = tf.BertConfig(**SIZE, **off, intermediate_size=24, max_position_embeddings=8)
+    config = tf.BertConfig(
+        **SIZE, **off, intermediate_size=24, max_position_embeddings=8
+    )
     return tf.BertForMaskedLM(config)
 
 
@@ -76,7 +83,9 @@ def loss(model, batch):
     """A mean over the tokens that count."""
     tokens, mask = batch
     logits = model(input_ids=tokens).logits
-    each = F.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+    each = F.cross_entropy(
+        logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none"
+    )
     return ax.Mean((each * mask[:, :-1]).sum(), mask[:, :-1].sum())
 
 
@@ -105,11 +114,13 @@ def judge(name):
 
 
 def gap(env, i, name, kind, loss=loss):
-    """How far one case lies from its judge: modules and functions, globs and classes."""
+    """How far a case lies from its judge: modules, functions, globs and classes."""
     model = made(name) if i % 2 else made(name)()
     blocks = MODELS[name][1] if i % 4 < 2 else block_class(name)
     tx = ax.chain(
-        ax.shard_model(env, kind, blocks=blocks, unused="allow" if name == "bert" else "error"),
+        ax.shard_model(
+            env, kind, blocks=blocks, unused="allow" if name == "bert" else "error"
+        ),
         ax.accumulate(1 + i % 3),
         ax.clip(t.LIMIT),
         ax.with_schedule(t.curve),

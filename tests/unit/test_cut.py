@@ -22,7 +22,7 @@ class Batch:
 
 @given(st.integers(1, 12), st.integers(1, 7), st.integers(1, 3))
 def test_every_row_is_in_one_part_in_order(length, n, ranks):
-    """Parts put together are the batch, each is marked with its rows, sizes differ by 1."""
+    """Parts put together are the batch, are marked, and differ by a row at most."""
     x = mark(torch.arange(length), length, length * ranks)
     parts = [args[0] for args in cut((x,), n, ranks)]
     real = [part for part in parts if rows_of(part).rows]
@@ -62,7 +62,7 @@ def test_a_placeholder_is_cut_into_placeholders():
 
 def test_rows_that_are_not_those_of_the_mark_are_refused():
     """Rows added after ax.feed would be weighed wrongly."""
-    with pytest.raises(ax.DataError, match="says that it has 2 rows here, but .* 3"):
+    with pytest.raises(ax.DataError, match=r"says that it has 2 rows here, but .* 3"):
         cut((mark(torch.ones(3), 2, 4),), 2, 1)
 
 

@@ -124,7 +124,7 @@ READS = {
 
 @pytest.mark.parametrize("read", READS)
 def test_weights_are_read_by_whatever_means(read):
-    """Data that was let go is there for NumPy, for lists, and for who writes past torch."""
+    """Data that was let go is there for NumPy, lists, and who writes past torch."""
     found = []
 
     def make():

@@ -30,7 +30,14 @@ def test_cast_changes_what_was_asked_and_nothing_else():
     assert model.frozen.dtype == torch.float32
     assert model.index.dtype == model.count.dtype == torch.int64
     assert model.mean.dtype == model.table.dtype == torch.float64
-    assert set(model.state_dict()) == {"weight", "bias", "frozen", "index", "mean", "count"}
+    assert set(model.state_dict()) == {
+        "weight",
+        "bias",
+        "frozen",
+        "index",
+        "mean",
+        "count",
+    }
 
 
 @pytest.mark.parametrize("wanted", [None, Precision(), Precision("fp32", "bf16")])
@@ -45,7 +52,9 @@ def test_cast_of_what_is_so_already_changes_nothing(wanted):
 def test_a_cast_model_reads_back():
     """What cast gives, read_back accepts; control: before, it does not."""
     wanted, model = Precision(param="bf16", buffer="bf16"), net()
-    with pytest.raises(PrecisionError, match=r"weight is torch\.float32.*buffer mean is"):
+    with pytest.raises(
+        PrecisionError, match=r"weight is torch\.float32.*buffer mean is"
+    ):
         read_back(model, wanted)
     cast(model, wanted)
     read_back(model, wanted)

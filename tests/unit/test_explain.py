@@ -13,7 +13,13 @@ TX = ax.chain(
 def test_each_pass_has_a_row_in_order():
     """Also the loss scale, which comes with a precision."""
     names = [row[0] for row in ax.explain(TX).rows]
-    assert names == ["shard_model", "with_precision", "loss_scale", "accumulate", "clip"]
+    assert names == [
+        "shard_model",
+        "with_precision",
+        "loss_scale",
+        "accumulate",
+        "clip",
+    ]
 
 
 def test_a_row_says_when_how_neutral_and_with_what():

@@ -18,7 +18,10 @@ def test_aux_is_reported_without_its_graph():
 
     def loss(model, batch):
         each = t.each(model, batch[0])
-        return each.mean(), {"rows": each.mean(1), "m": ax.Mean(each.sum(), each.numel())}
+        return each.mean(), {
+            "rows": each.mean(1),
+            "m": ax.Mean(each.sum(), each.numel()),
+        }
 
     _, out = ax.step(tx, loss)(state, t.part(ENV, t.batches()[0]))
     assert not out.aux["rows"].requires_grad
@@ -33,7 +36,10 @@ def test_aux_means_are_over_all_ranks_and_microbatches():
 
     def loss(model, batch):
         each = t.each(model, batch[0])
-        return each.mean(), (ax.Mean((each * batch[1]).sum(), batch[1].sum()), each[:, 0])
+        return each.mean(), (
+            ax.Mean((each * batch[1]).sum(), batch[1].sum()),
+            each[:, 0],
+        )
 
     def rank(env):
         tx = ax.chain(ax.shard_model(env), ax.accumulate(3))

@@ -46,7 +46,10 @@ def test_globs_are_over_parts(pattern, name, fits):
         ("layers.*", ["layers.0", "layers.1"]),
         (nn.Sequential, ["layers.0", "layers.1"]),
         (nn.Linear, ["layers.0.0", "layers.1.0", "head"]),
-        (lambda name, module: name.endswith("1"), ["layers.0.1", "layers.1", "layers.1.1"]),
+        (
+            lambda name, module: name.endswith("1"),
+            ["layers.0.1", "layers.1", "layers.1.1"],
+        ),
         (["head", nn.ReLU], ["layers.0.1", "layers.1.1", "head"]),
         (("layers.0", "layers.*"), ["layers.0", "layers.1"]),
     ],
@@ -59,7 +62,9 @@ def test_selection_is_in_the_models_order_and_once(blocks, names):
     assert all(model.get_submodule(name) is module for name, module in found)
 
 
-@pytest.mark.parametrize("blocks", ["layer.*", nn.Conv2d, ["head", "layer.*"], lambda n, m: 0])
+@pytest.mark.parametrize(
+    "blocks", ["layer.*", nn.Conv2d, ["head", "layer.*"], lambda n, m: 0]
+)
 def test_a_selector_that_takes_nothing_is_an_error(blocks):
     """Each one of several, with names that there are."""
     with pytest.raises(ValueError, match=r"matches no module of ModuleDict.*'layers"):

@@ -1,6 +1,5 @@
 """Optimizers are the user's own, and every trained weight is in exactly one."""
 
-import pytest
 import torch
 from torch import nn
 
@@ -37,7 +36,7 @@ def test_param_groups_take_each_weight_by_its_first_glob():
     assert [g["name"] for g in groups] == ["**.bias", "layers.**", "**"]
     names = [[n for n, _ in g["params"]] for g in groups]
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
-    assert sorted(sum(names, [])) == sorted(trained)
+    assert sorted(n for group in names for n in group) == sorted(trained)
     assert all(n.endswith("bias") for n in names[0])
     assert all(n.startswith("layers") for n in names[1])
     assert names[2] == ["embed.weight"]
@@ -52,5 +51,7 @@ def test_param_groups_train_as_groups_made_by_hand():
         return torch.optim.AdamW(groups, lr=t.RATE, weight_decay=0.1)
 
     data = t.batches()
-    run = t.train(t.pipeline(ax.Env(), "plain"), ax.Env(), t.made(), t.bare, by_name, data)
+    run = t.train(
+        t.pipeline(ax.Env(), "plain"), ax.Env(), t.made(), t.bare, by_name, data
+    )
     assert t.apart(t.by_hand(t.made(), t.bare, t.grouped, data), run) < 1e-12

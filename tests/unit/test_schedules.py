@@ -30,7 +30,10 @@ def test_curves_rise_then_fall_to_the_floor_and_stay(make, warmup, more, floor):
 def test_the_cosine_is_torchs():
     """Without warm-up it is CosineAnnealingLR."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
-    scheduler, curve = CosineAnnealingLR(optimizer, 10, 0.2), ax.warmup_cosine(0, 10, 0.2)
+    scheduler, curve = (
+        CosineAnnealingLR(optimizer, 10, 0.2),
+        ax.warmup_cosine(0, 10, 0.2),
+    )
     for k in range(11):
         assert curve(k) == pytest.approx(optimizer.param_groups[0]["lr"])
         optimizer.step()

@@ -113,7 +113,7 @@ def test_a_pass_remembers_in_a_slot_of_its_own():
 
 
 def test_before_may_change_gradients_and_skip():
-    """Whole gradients are there to be changed; a reason in Out.skipped stops the update."""
+    """Whole gradients may be changed; a reason in Out.skipped stops the update."""
 
     def halve(state, out):
         for p in state.model.parameters():

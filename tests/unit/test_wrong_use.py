@@ -78,7 +78,9 @@ def twice(model):
 
 def wrapped(model):
     """A frozen rule of a user's own pass."""
-    return ax.transform("mine", before=model, rules=ax.Rules(excludes=("clip",), why="so"))
+    return ax.transform(
+        "mine", before=model, rules=ax.Rules(excludes=("clip",), why="so")
+    )
 
 
 def keep(state, out):
@@ -256,7 +258,11 @@ CASES = {
         ["2 ranks", "no process group", "connect()"],
     ),
     "no microbatch": (lambda: ax.accumulate(0), ValueError, ["at least 1", "got 0"]),
-    "half a microbatch too many": (lambda: ax.accumulate(2.5), ValueError, ["whole", "got 2.5"]),
+    "half a microbatch too many": (
+        lambda: ax.accumulate(2.5),
+        ValueError,
+        ["whole", "got 2.5"],
+    ),
     "a norm of zero": (lambda: ax.clip(0.0), ValueError, ["got 0.0", "clip(1.0)"]),
     "a norm of nan": (lambda: ax.clip(float("nan")), ValueError, ["got nan"]),
     "a limit below zero": (lambda: ax.clip_value(-1.0), ValueError, ["got -1.0"]),
@@ -314,7 +320,9 @@ def elsewhere():
     class Far(nn.Linear):
         def parameters(self, recurse=True):
             weight = nn.Parameter(torch.ones(1))
-            return iter([type("W", (), {"device": torch.device("cuda:0")})(), weight][:1])
+            return iter(
+                [type("W", (), {"device": torch.device("cuda:0")})(), weight][:1]
+            )
 
     return Far(2, 1)
 
@@ -351,11 +359,18 @@ def test_wrong_use_over_ranks():
     def rank(env):
         found = {}
         cases = {
-            "trees": (lambda: ax.reduce(env, [torch.ones(2)] * (1 + env.rank), "sum"),
-                      ax.CollectiveError),
-            "axes": (lambda: start(ax.shard_model(env, "fsdp2", blocks="9")), ValueError),
-            "scalar": (lambda: start(ax.shard_model(env, "fsdp2"), Scalar()),
-                       ax.PlacementError),
+            "trees": (
+                lambda: ax.reduce(env, [torch.ones(2)] * (1 + env.rank), "sum"),
+                ax.CollectiveError,
+            ),
+            "axes": (
+                lambda: start(ax.shard_model(env, "fsdp2", blocks="9")),
+                ValueError,
+            ),
+            "scalar": (
+                lambda: start(ax.shard_model(env, "fsdp2"), Scalar()),
+                ax.PlacementError,
+            ),
         }
         for name, (call, kind) in cases.items():
             with pytest.raises(kind) as error:

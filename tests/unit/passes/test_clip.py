@@ -30,14 +30,18 @@ def by_torch(clip):
     t.bare(model, DATA[0]).backward()
     norm = clip(model.parameters())
     zeros = torch.zeros_like
-    return norm, {n: zeros(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    return norm, {
+        n: zeros(p) if p.grad is None else p.grad for n, p in model.named_parameters()
+    }
 
 
 CASES = {
     "clip": ((ax.clip(0.1),), lambda p: nn.utils.clip_grad_norm_(p, 0.1)),
     "loose": ((ax.clip(1e6),), lambda p: nn.utils.clip_grad_norm_(p, 1e6)),
-    "measured": ((ax.clip(float("inf")),), lambda p: nn.utils.get_total_norm(
-        [x.grad for x in p if x.grad is not None])),
+    "measured": (
+        (ax.clip(float("inf")),),
+        lambda p: nn.utils.get_total_norm([x.grad for x in p if x.grad is not None]),
+    ),
     "value": ((ax.clip_value(0.01),), lambda p: nn.utils.clip_grad_value_(p, 0.01)),
     "both": (
         (ax.clip(0.1), ax.clip_value(0.01)),
@@ -66,12 +70,16 @@ def test_gradients_are_clipped_as_torch_does(kind):
             gaps = [(grads[n] - found[name][1][n]).abs().max().item() for n in grads]
             assert max(gaps) < 1e-12, name
             assert (norm is None) == (found[name][0] is None)
-            assert norm is None or found[name][0] == pytest.approx(norm.item(), abs=1e-12)
+            assert norm is None or found[name][0] == pytest.approx(
+                norm.item(), abs=1e-12
+            )
 
 
 def test_control_the_cases_differ():
     """The limits above bite."""
     assert by_torch(CASES["clip"][1])[0] > 0.2
-    grads = [by_torch(CASES[n][1])[1]["embed.weight"] for n in ("clip", "loose", "value")]
+    grads = [
+        by_torch(CASES[n][1])[1]["embed.weight"] for n in ("clip", "loose", "value")
+    ]
     assert not torch.allclose(grads[0], grads[1])
     assert not torch.allclose(grads[1], grads[2])

@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau, StepLR
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LambdaLR,
+    ReduceLROnPlateau,
+    StepLR,
+)
 
 import accelx as ax
 from accelx import testing
