@@ -9,6 +9,12 @@ came = []
 how = sys.argv[1]
 
 
+def say(*words):
+    """One line, in one piece also where Python does not buffer."""
+    sys.stdout.write(" ".join(words) + "\n")
+    sys.stdout.flush()
+
+
 def remember(number, frame):
     """Note the signal."""
     came.append(signal.Signals(number).name)
@@ -17,10 +23,10 @@ def remember(number, frame):
 if how != "default":
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, remember)
-print("ready", os.getpid(), flush=True)
+say("ready", str(os.getpid()))
 while how in ("default", "ignore") or not {"SIGINT", "SIGTERM"} & set(came):
     time.sleep(0.02)
 time.sleep(0.3)  # for a second one, which must not come
-print("got", *came, flush=True)
+say("got", *came)
 if how == "choose":
     sys.exit(5)
