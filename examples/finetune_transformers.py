@@ -80,7 +80,7 @@ def main():
         ax.shard_model(env, args.kind, blocks="model.layers.*"),
         ax.accumulate(args.accumulate),
         ax.clip(1.0),
-        ax.with_schedule(ax.warmup_cosine(10, args.steps)),
+        ax.with_schedule(ax.warmup_cosine(args.steps // 15, args.steps)),
     )
     state = ax.init(
         tx,

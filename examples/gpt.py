@@ -10,6 +10,7 @@ runs/gpt/loss.png.
 
 import argparse
 import sysconfig
+import time
 from pathlib import Path
 
 import torch
@@ -175,24 +176,26 @@ def main():
     if env.main:
         size = sum(p.numel() for p in state.model.parameters())
         print(f"{size:,} weights, {len(train):,} bytes of Python, {env.world} ranks")
-    curve, checks = [], [(0, validate(state))]
+    curve, checks, seconds = [], [(0, validate(state))], 0.0
     bar = tqdm(total=args.steps, disable=not env.main, unit="step", mininterval=1)
     for batch in ax.feed(tx, loader, stop=args.steps):
+        began = time.perf_counter()
         state, out = step(state, batch)
         curve.append((state.step, float(out.loss)))
+        seconds += time.perf_counter() - began
         if state.step % args.every == 0 or state.step == args.steps:
             checks.append((state.step, validate(state)))
         bar.update()
-        speed = bar.format_dict["rate"] or 0
+        speed = state.step * args.batch * CONTEXT / seconds
         bar.set_postfix_str(
             f"loss {out.loss:.3f}, held out {checks[-1][1]:.3f}, "
-            f"{speed * args.batch * CONTEXT / 1000:.1f}k bytes/s",
+            f"{speed:,.0f} bytes/s",
             refresh=False,
         )
     bar.close()
 
     with ax.evaluating(state) as model:
-        text = write(model, b"def main():\n", args.sample, env.device)
+        text = write(model, b"    def ", args.sample, env.device)
     if env.main:
         args.out.mkdir(parents=True, exist_ok=True)
         draw(curve, checks, args.out / "loss.png")
