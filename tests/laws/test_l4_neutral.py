@@ -4,6 +4,7 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -197,3 +198,12 @@ def test_every_pass_that_claims_to_be_neutral_has_a_case():
     """The claim is what the comparison above was made for, and no more is claimed."""
     claims = {n for n, make in FACTORIES.items() if any(p.neutral for p in make())}
     assert claims == COVERED
+
+
+def test_control_a_run_that_is_no_number_is_another_run():
+    """nan in one weight, loss or norm is as far away as can be."""
+    wanted = judge("bare", torch.float64, "grouped")[:1]
+    weights = {n: w * float("nan") for n, w in wanted[0].weights.items()}
+    assert t.apart(wanted, wanted) == 0
+    for bad in ({"weights": weights}, {"loss": float("nan")}, {"norm": float("nan")}):
+        assert t.apart(wanted, [attrs.evolve(wanted[0], **bad)]) == float("inf")
