@@ -181,15 +181,14 @@ def main():
     for batch in ax.feed(tx, loader, stop=args.steps):
         began = time.perf_counter()
         state, out = step(state, batch)
-        curve.append((state.step, float(out.loss)))
+        curve.append((state.position, float(out.loss)))
         seconds += time.perf_counter() - began
-        if state.step % args.every == 0 or state.step == args.steps:
-            checks.append((state.step, validate(state)))
+        if state.position % args.every == 0 or state.position == args.steps:
+            checks.append((state.position, validate(state)))
         bar.update()
-        speed = state.step * args.batch * CONTEXT / seconds
+        speed = state.position * args.batch * CONTEXT / seconds
         bar.set_postfix_str(
-            f"loss {out.loss:.3f}, held out {checks[-1][1]:.3f}, "
-            f"{speed:,.0f} bytes/s",
+            f"loss {out.loss:.3f}, held out {checks[-1][1]:.3f}, {speed:,.0f} bytes/s",
             refresh=False,
         )
     bar.close()
