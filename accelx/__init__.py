@@ -75,7 +75,7 @@ if TYPE_CHECKING:
         warmup_linear as warmup_linear,
     )
     from .spawn import spawn as spawn
-    from .state import State as State, fork as fork
+    from .state import State as State, fork as fork, with_slot as with_slot
     from .transform import (
         chain as chain,
         identity as identity,
@@ -95,7 +95,7 @@ _NAMES = {
     ),
     "transform": ("chain", "identity", "transform"),
     "explain": ("explain",),
-    "state": ("State", "fork"),
+    "state": ("State", "fork", "with_slot"),
     "optimizers": ("param_groups",),
     "schedules": ("warmup_cosine", "warmup_linear"),
     "env": ("close", "connect", "detect"),

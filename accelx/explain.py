@@ -43,4 +43,7 @@ def _row(one: Pass, engine: Any) -> tuple[str, str, str, str]:
     stages = ", ".join(a for a in ARROWS if getattr(one, a) is not None)
     if engine is not None and one.name in engine.handles:
         stages = f"absorbed by {engine.name}"
-    return one.name, stages, "yes" if one.neutral else "no", repr(one.spec)
+    settings = repr(one.spec)
+    if hasattr(one.spec, "env"):  # by the name that programs give it
+        settings = settings.replace(repr(one.spec.env), "env")
+    return one.name, stages, "yes" if one.neutral else "no", settings

@@ -13,7 +13,16 @@ from accelx import comm, tree
 from accelx.cut import Args, mean_of, rows_in
 from accelx.engines.placed import engine_of
 from accelx.errors import LossError, PlacementError
-from accelx.records import Env, Loss, Mean, Out, Transform, owing
+from accelx.records import (
+    Engine,
+    Env,
+    Late,
+    Loss,
+    Mean,
+    Out,
+    Transform,
+    owing,
+)
 from accelx.rows import Rows
 from accelx.state import State
 
@@ -27,33 +36,33 @@ def pipeline(tx: Transform, loss: Loss) -> Grads:
 
     What the engine of the state handles itself is left out of the run.
     """
-    made: dict[frozenset[str], Grads] = {}
+    made: list[Any] = [None, None, None]  # for states of one engine and Env at a time
 
     def grads(state: State, *args: Any) -> tuple[State, Out]:
-        handled = engine_of(state).handles
-        if handled not in made:
-            made[handled] = _composed(tx, loss, handled)
-        return made[handled](state, *args)
+        engine, env = engine_of(state), env_of(state)
+        if made[0] is not engine or made[1] is not env:
+            made[:] = engine, env, _composed(tx, loss, engine, env)
+        return made[2](state, *args)
 
     return grads
 
 
-def _composed(tx: Transform, loss: Loss, handled: frozenset[str]) -> Grads:
-    active = [p for p in tx if p.name not in handled]
+def _composed(tx: Transform, loss: Loss, engine: Engine, env: Env) -> Grads:
+    active = [p for p in tx if p.name not in engine.handles]
     for one in active:
         if one.forward is not None:
             loss = one.forward(loss)
-    local = _local(loss)
+    local = _local(loss, engine)
     wraps = [one.backward for one in active if one.backward is not None]
     if not wraps:
-        return _whole(local)
+        return _whole(local, engine, env)
 
     def grads(state: State, *args: Any) -> tuple[State, Out]:
-        return local(state, args, rows_in(args, env_of(state).world))
+        return local(state, args, rows_in(args, env.world))
 
     for wrap in wraps:
         grads = wrap(grads)
-    return _whole(lambda state, args, rows: grads(state, *args))
+    return _whole(lambda state, args, rows: grads(state, *args), engine, env)
 
 
 def env_of(state: State) -> Env:
@@ -62,7 +71,7 @@ def env_of(state: State) -> Env:
     return _ALONE if placed is None else placed.env
 
 
-def _local(loss: Loss) -> Inner:
+def _local(loss: Loss, engine: Engine) -> Inner:
     """Forward and backward of one microbatch on this rank; nothing is divided yet.
 
     Gradients come out as of the total over all rows, divided by what `_unit` says.
@@ -70,18 +79,17 @@ def _local(loss: Loss) -> Inner:
 
     def local(state: State, args: Args, rows: Rows) -> tuple[State, Out]:
         value, aux = read(loss(state.model, *args))
-        scale = _loss_scale(state) / _unit(rows.total)
-        engine = engine_of(state)
+        up, unit = _loss_scale(state), _unit(rows.total)
         if isinstance(value, Mean):
-            total = _as_total(value)
+            total = _trains(_as_total(value))
             if not rows.rows:  # a placeholder takes part, and counts for nothing
                 engine.backward(state, total, 0.0)
                 none = Mean(torch.zeros_like(total), 0)
                 return state, Out(cast(Any, none), 0, aux=_empty(aux))
-            engine.backward(state, total, scale)
+            engine.backward(state, total, up / unit)
             kept = Mean(total.detach(), _detached(value.weight))
             return state, Out(cast(Any, kept), kept.weight, aux=aux)
-        engine.backward(state, value, scale * rows.rows)
+        engine.backward(state, _trains(value), up * (rows.rows / unit))
         aux = aux if rows.rows else _empty(aux)
         return state, Out(value.detach(), rows.rows, aux=aux)
 
@@ -134,6 +142,16 @@ def _detached(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
+def _trains(loss: Tensor) -> Tensor:
+    if not loss.requires_grad:
+        raise LossError(
+            "the loss wants to depend on a trainable parameter, got one without a "
+            "gradient; compute it from the model that the loss function is given, "
+            "outside torch.no_grad(), or use ax.measure to evaluate"
+        )
+    return loss
+
+
 def _as_total(mean: Mean) -> Tensor:
     total = mean.total
     if not isinstance(total, Tensor) or total.dim():
@@ -162,11 +180,11 @@ def _is_mean(node: Any) -> bool:
     return isinstance(node, Mean)
 
 
-def _whole(inner: Inner) -> Grads:
+def _whole(inner: Inner, engine: Engine, env: Env) -> Grads:
     """Reduce weights, losses and aux over ranks at once, then make gradients whole."""
 
     def whole(state: State, *args: Any) -> tuple[State, Out]:
-        env, rows = env_of(state), _rows(args, state)
+        rows = _rows(args, env)
         unit, scale = rows.total, 1.0 / _loss_scale(state)
         earlier = _set_aside(state)
         try:
@@ -177,8 +195,8 @@ def _whole(inner: Inner) -> Grads:
                     out = attrs.evolve(out, skipped="no row or token has a weight")
                 scale *= _unit(unit) / (float(out.weight) or 1.0)
             elif env.world > 1 or out.aux is not None:  # nothing waits for the report
-                out = owing(_fields(_reduced(env, out)))
-            engine_of(state).settle(state, scale)
+                out = owing(_fields(_reduced(env, out), unit))
+            engine.settle(state, scale)
         except BaseException:  # leave no half of a gradient behind
             for _, p in state.trained:
                 p.grad = None
@@ -192,9 +210,8 @@ def _whole(inner: Inner) -> Grads:
     return whole
 
 
-def _rows(args: Args, state: State) -> Rows:
+def _rows(args: Args, env: Env) -> Rows:
     """The rows of `args`; refuses rows cut over ranks for a model on one."""
-    env = env_of(state)
     rows = rows_in(args, env.world)
     if env.world == 1 and rows.total > rows.rows:
         raise PlacementError(
@@ -225,10 +242,10 @@ def _reduced(env: Env, out: Out) -> Callable[[], Out]:
     return finish
 
 
-def _fields(finish: Callable[[], Out]) -> Callable[[], tuple[Any, Any, Any]]:
+def _fields(finish: Callable[[], Out], rows: int) -> Late:
     def late() -> tuple[Any, Any, Any]:
         out = finish()
-        return out.loss, out.weight, out.aux
+        return out.loss, rows, out.aux
 
     return late
 
@@ -252,11 +269,10 @@ def _dtype(total: Any) -> torch.dtype:
 
 def _set_aside(state: State) -> list[tuple[Any, Tensor]]:
     """Gradients of earlier calls: they are whole, and must not be scaled once more."""
-    earlier = [(p, p.grad) for _, p in state.trained if p.grad is not None]
-    kept = [(p, grad.clone()) for p, grad in earlier]
-    for p, _ in kept:
+    earlier = [(p, p.grad.clone()) for _, p in state.trained if p.grad is not None]
+    for p, _ in earlier:
         p.grad = None
-    return kept
+    return earlier
 
 
 def _put_back(earlier: list[tuple[Any, Tensor]]) -> None:

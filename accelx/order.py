@@ -15,7 +15,7 @@ def check(passes: tuple[Pass, ...]) -> None:
     written, works = Transform(passes), Transform(_repaired(passes))
     raise OrderError(
         f"{culprit.name} {what}, because {rule.why}.\n"
-        f"  written: {written!r}\n  works:   {works!r}"
+        f"  written: {written.brief()}\n  works:   {works.brief()}"
     )
 
 

@@ -19,7 +19,7 @@ def code(name: str, record: attrs.AttrsInstance) -> str:
         if not field.repr:
             continue
         value = getattr(record, field.name)
-        if field.default is attrs.NOTHING:
+        if field.default is attrs.NOTHING and not field.kw_only:
             parts.append(_literal(value))
         elif value != field.default:
             parts.append(f"{field.name}={_literal(value)}")
@@ -153,16 +153,18 @@ def owing(late: Late, **fields: Any) -> Out:
 
 def amend(out: Out, **fields: Any) -> Out:
     """`attrs.evolve(out, **fields)` that does not wait for what is on its way."""
-    kept = {
-        "norm": out.norm,
-        "stepped": out.stepped,
-        "skipped": out.skipped,
-        "times": out.times,
-        **fields,
-    }
+    if out.late is None:
+        return attrs.evolve(out, **fields)
+    kept = {"norm": out.norm, "stepped": out.stepped, "skipped": out.skipped}
+    return owing(out.late, **{**kept, "times": out.times, **fields})
+
+
+def moved(out: Out, times: Mapping[str, float]) -> Out:
+    """The report of a step that was made."""
     if out.late is not None:
-        return owing(out.late, **kept)
-    return Out(out.loss, out.weight, aux=out.aux, **kept)
+        return amend(out, stepped=True, times=times)
+    # written out: attrs.evolve takes 4 us, and a step has few to give
+    return Out(out.loss, out.weight, out.norm, True, None, out.aux, times)
 
 
 def _reasoned(_: object, __: object, why: str) -> None:
@@ -172,8 +174,8 @@ def _reasoned(_: object, __: object, why: str) -> None:
         )
 
 
-@attrs.frozen
-class Rules:
+@attrs.frozen(repr=False)
+class Rules(_Coded):
     """An order rule of a pass, and why it holds. Names are names of passes."""
 
     after: tuple[str, ...] = ()  # these may not come later in the chain
@@ -264,6 +266,14 @@ class Transform:
                 "and give that to ax.init, ax.feed and ax.step"
             )
         return alone[0](thing)
+
+    def brief(self) -> str:
+        """As it is written in a program: each Env by the name `env`."""
+        text = repr(self)
+        for one in self.passes:
+            if hasattr(one.spec, "env"):
+                text = text.replace(repr(one.spec.env), "env")
+        return text
 
     def __repr__(self) -> str:
         shown = [repr(p.spec) for p in self.passes if not p.derived]

@@ -62,16 +62,16 @@ def look(args: Iterable[Any]) -> tuple[Rows | None, int | None]:
     return _look(args, None)
 
 
-def _look(
-    nodes: Iterable[Any], size: int | None
-) -> tuple[Rows | None, int | None]:
+def _look(nodes: Iterable[Any], size: int | None) -> tuple[Rows | None, int | None]:
     for node in nodes:
         if isinstance(node, Tensor):
             if size is None and node.dim():
                 size = node.size(0)
             found = getattr(node, "_accelx_rows", None)
         else:
-            found, size = _look(_children(node), size)
+            kind = type(node)  # the usual containers without another call: 0.3 us each
+            inner = node if kind is list or kind is tuple else _children(node)
+            found, size = _look(inner, size)
         if found is not None:
             return found, size
     return None, size

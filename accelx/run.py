@@ -17,7 +17,7 @@ from accelx.engines.placed import claim, engine_of, seal
 from accelx.errors import DataError
 from accelx.loader import Loader, as_loader, batches
 from accelx.optimizers import make
-from accelx.records import Loss, Mean, Out, Transform, amend
+from accelx.records import Loss, Mean, Out, Transform, moved
 from accelx.state import State, spend, stepped, trainable
 
 Step = Callable[..., tuple[State, Out]]
@@ -169,7 +169,7 @@ def _update(tx: Transform) -> Step:
             return stepped(state, made=False), out
         engine.update(state)
         times = {"grads": seconds, "update": perf_counter() - began}
-        state, out = stepped(state, made=True), amend(out, stepped=True, times=times)
+        state, out = stepped(state, made=True), moved(out, times)
         for one in active:
             if one.after is not None:
                 state, out = one.after(state, out)

@@ -44,7 +44,9 @@ def update(state: State) -> None:
     """Step the optimizers, then let go of the gradients."""
     for optimizer in state.optimizers:
         optimizer.step()
-        optimizer.zero_grad()
+    # as zero_grad does, which takes 15 us: optimizers hold every trained parameter
+    for _, p in state.trained:
+        p.grad = None
 
 
 def clip(state: State, limit: float | None) -> Tensor:
