@@ -20,7 +20,9 @@ DOCS = HERE.parent / "docs" / "benchmarks"
 
 
 def interleaved(
-    variants: dict[str, Callable[[], None]], rounds: int, meet: Callable[[], None] | None = None
+    variants: dict[str, Callable[[], None]],
+    rounds: int,
+    meet: Callable[[], None] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each variant in each round; `meet` is called before each, to line up."""
     for run in variants.values():
@@ -53,13 +55,27 @@ def ratios(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     return found
 
 
-def write(name: str, title: str, goals: dict[str, str], found: dict[str, dict[str, float]],
-          *, unit: str, per: float, rounds: int) -> None:
+def write(
+    name: str,
+    title: str,
+    goals: dict[str, str],
+    found: dict[str, dict[str, float]],
+    *,
+    unit: str,
+    per: float,
+    rounds: int,
+) -> None:
     """Write results/NAME.json, and a table and a plot under docs/benchmarks."""
     (HERE / "results").mkdir(exist_ok=True)
     DOCS.mkdir(parents=True, exist_ok=True)
     head = f"{date.today()}, {platform.machine()}, Python {platform.python_version()}"
-    record = {"title": title, "when": head, "rounds": rounds, "unit": unit, "rows": found}
+    record = {
+        "title": title,
+        "when": head,
+        "rounds": rounds,
+        "unit": unit,
+        "rows": found,
+    }
     (HERE / "results" / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     lines = [
         f"### {title}",

@@ -1,122 +1,84 @@
-"""Loading and seeking against torch's DataLoader, as ratios in one run.
+"""Batches of cheap items, against torch's DataLoader.
 
-    python benchmarks/loader.py [--rounds 5]
+    python benchmarks/loader.py [--rounds 15]
 
-Prints two tables. Loading: microseconds a batch of 32, shuffled, the least of several
-rounds that take turns. Seeking: milliseconds until the first index of a shuffled order
-is known at a random position, median and worst of 101, and the growth of memory.
+Batches of 32 rows of 64 numbers and a label, shuffled, the opening of the epoch included.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
-import statistics
-import time
-from collections.abc import Callable, Iterable
+import os
 from itertools import islice
-from random import Random
-from typing import Any
 
+os.environ["OMP_NUM_THREADS"] = "1"
+import compare
 import torch
-from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from accelx.loader import Loader, as_loader, batches, local_indices
+import accelx as ax
 
-BATCH, STEPS = 32, 400
+BATCH, STEPS = 32, 200
+N = BATCH * STEPS
 
 
-class Items(Dataset[Any]):
+class Items(Dataset):
     """Rows read one by one, as most datasets are."""
 
-    def __init__(self, n: int) -> None:
-        self.x, self.y = torch.randn(n, 64), torch.randint(0, 10, (n,))
+    def __init__(self):
+        self.x, self.y = torch.randn(N, 64), torch.randint(0, 10, (N,))
 
-    def __len__(self) -> int:
-        return len(self.x)
+    def __len__(self):
+        return N
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index):
         return {"x": self.x[index], "y": self.y[index]}
 
 
 class Bulk(Items):
     """Rows read a batch at a time, as from an Arrow file."""
 
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+    def __getitems__(self, indices):
         x, y = self.x[indices], self.y[indices]
         return [{"x": a, "y": b} for a, b in zip(x, y, strict=True)]
 
 
-def per_batch(open_batches: Callable[[], Iterable[Any]]) -> float:
-    """Microseconds a batch, the opening of the epoch included."""
-    start = time.perf_counter()
-    count = sum(1 for _ in islice(open_batches(), STEPS))
-    return (time.perf_counter() - start) / count * 1e6
+def drain(batches):
+    for _ in islice(batches(), STEPS):
+        pass
 
 
-def loading(rounds: int) -> None:
-    """Print the table of loading."""
-    n = BATCH * STEPS
-    columns = TensorDataset(torch.randn(n, 64), torch.randint(0, 10, (n,)))
-    cases: list[tuple[str, Any, int]] = [
-        ("TensorDataset", columns, 0),
-        ("items one by one", Items(n), 0),
-        ("`__getitems__`", Bulk(n), 0),
-        ("items, 2 workers", Items(n), 2),
-    ]
-    print("| items | torch, us | accelx, us | speed over torch |")
-    print("|---|---|---|---|")
-    for name, dataset, workers in cases:
-        theirs = DataLoader(dataset, BATCH, shuffle=True, num_workers=workers)
-        ours = as_loader(theirs)
-        pairs = [
-            (per_batch(lambda: theirs), per_batch(lambda: batches(ours)))  # noqa: B023
-            for _ in range(rounds)
-        ]
-        torch_us, accelx_us = (min(times) for times in zip(*pairs, strict=True))
-        ratio = torch_us / accelx_us
-        print(f"| {name} | {torch_us:.1f} | {accelx_us:.1f} | {ratio:.2f} |")
-
-
-def peak() -> float:
-    """MiB of memory that this process has held at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def seeking() -> None:
-    """Print the table of seeking."""
-    print("| seek in a shuffled order | median, ms | worst, ms | memory, MiB |")
-    print("|---|---|---|---|")
-    draw = Random(0).randrange
-    for n in (10**6, 10**9, 2**30 + 1, 10**12):
-        loader = Loader(range(n), 1, shuffle=True)
-        local_indices(loader, 0)  # the first call of all loads code
-        before = peak()
-        times = list[float]()
-        for _ in range(101):
-            step = draw(3 * n)
-            start = time.perf_counter()
-            local_indices(loader, step)
-            times.append((time.perf_counter() - start) * 1e3)
-        grown = peak() - before
-        print(
-            f"| accelx, {n:,} items | {statistics.median(times):.3f} | "
-            f"{max(times):.3f} | {grown:.0f} |"
-        )
-    for n in (10**5, 10**6, 10**7):
-        before, start = peak(), time.perf_counter()
-        next(islice(RandomSampler(range(n)), n // 2, None))
-        took = (time.perf_counter() - start) * 1e3
-        print(
-            f"| torch, the middle of {n:,} items | {took:.3f} | | "
-            f"{peak() - before:.0f} |"
-        )
+def pair(name, dataset, workers=0):
+    """The same DataLoader, iterated by torch and by accelx."""
+    theirs = DataLoader(dataset, BATCH, shuffle=True, num_workers=workers)
+    tx = ax.shard_loader(ax.Env())
+    return {
+        f"{name}: torch": lambda: drain(lambda: iter(theirs)),
+        f"{name}: accelx": lambda: drain(lambda: ax.feed(tx, theirs)),
+    }
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=15)
+    rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
-    loading(parser.parse_args().rounds)
-    print()
-    seeking()
+    columns = TensorDataset(torch.randn(N, 64), torch.randint(0, 10, (N,)))
+    groups = [
+        pair("TensorDataset", columns),
+        pair("items one by one", Items()),
+        pair("__getitems__", Bulk()),
+        pair("items, 2 workers", Items(), workers=2),
+    ]
+    found = {}
+    for group in groups:
+        found |= compare.ratios(compare.interleaved(group, rounds))
+    compare.write(
+        "loader",
+        "A shuffled batch of 32 cheap rows",
+        {},
+        found,
+        unit="us a batch",
+        per=1e6 / STEPS,
+        rounds=rounds,
+    )

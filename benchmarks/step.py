@@ -2,8 +2,8 @@
 
     python benchmarks/step.py [--rounds 41]
 
-By hand, accelerate, Fabric and accelx do the same work: batches of 32 rows of 64 numbers
-from a shuffled DataLoader, an MLP 64-64-10, cross entropy, SGD with momentum.
+By hand, accelerate, Fabric and accelx do the same work: batches of 32 rows of 64
+numbers from a shuffled DataLoader, an MLP 64-64-10, cross entropy, SGD with momentum.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import accelx as ax
 
 torch.set_num_threads(1)
-STEPS = 64  # of one round
+STEPS = 16  # of one round
 DATA = TensorDataset(torch.randn(2048, 64), torch.randint(10, (2048,)))
 
 
