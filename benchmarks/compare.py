@@ -1,8 +1,8 @@
 """How figures are taken and written down: interleaved rounds, medians of ratios.
 
-The machine is shared, so a time by itself says little: every round runs each variant once,
-in turn, and a variant's figure is the median over rounds of its time over that of the
-first variant in the same round.
+The machine is shared, so a time by itself says little: every round runs each variant
+once, in turn, and a variant's figure is the median over rounds of its time over that of
+the first variant in the same round.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def interleaved(
     rounds: int,
     meet: Callable[[], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each variant in each round; `meet` is called before each, to line up."""
+    """Seconds of each variant in each round; `meet` lines ranks up before each."""
     for run in variants.values():
         run()  # warm
     times: dict[str, list[float]] = {name: [] for name in variants}
@@ -40,7 +40,7 @@ def interleaved(
 
 
 def ratios(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """For each variant: median ratio to the first, its quartiles, and the median time."""
+    """For each variant: median ratio to the first, quartiles, median time."""
     first = next(iter(times.values()))
     found = {}
     for name, own in times.items():
@@ -80,7 +80,8 @@ def write(
     lines = [
         f"### {title}",
         "",
-        f"{head}, {rounds} interleaved rounds; ratio = median over rounds, with quartiles.",
+        f"{head}, {rounds} interleaved rounds; ratio = median over rounds, with "
+        "quartiles.",
         "",
         f"| variant | ratio | quartiles | median {unit} | goal |",
         "|---|---|---|---|---|",

@@ -2,7 +2,8 @@
 
     python benchmarks/loader.py [--rounds 15]
 
-Batches of 32 rows of 64 numbers and a label, shuffled, the opening of the epoch included.
+Batches of 32 rows of 64 numbers and a label, shuffled, the opening of the epoch
+included.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python benchmarks/seek.py [--rounds 15]
 
-By hand, accelerate and Fabric walk there: half-way through 10^6 samples. accelx computes
-it, there and half-way through 10^9. Memory is what the process grew by at its peak.
+By hand, accelerate and Fabric walk there: half-way through 10^6 samples. accelx
+computes it, there and half-way through 10^9. Memory is what the process grew by at its
+peak.
 """
 
 from __future__ import annotations
