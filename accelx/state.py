@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from types import MappingProxyType
+from types import FunctionType, MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -104,6 +104,22 @@ def trainable(model: nn.Module) -> tuple[tuple[str, Any], ...]:
     return tuple((n, p) for n, p in model.named_parameters() if p.requires_grad)
 
 
+def duplicated(
+    optimizers: tuple[Any, ...], slots: dict[str, Any], memo: dict[int, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Deep copies that hold what `memo` says in place of the old weights.
+
+    A copy of a torch optimizer leaves out what its class has added to it; not this one.
+    """
+    copied, new_slots = copy.deepcopy((optimizers, slots), memo)
+    for new, old in zip(copied, optimizers, strict=True):
+        for name, value in vars(old).items():
+            # a function there is a scheduler's wrapper around the old one's step
+            if name not in vars(new) and not isinstance(value, FunctionType):
+                setattr(new, name, copy.deepcopy(value, memo))
+    return copied, new_slots
+
+
 def fork(state: State) -> State:
     """An independent copy: the next step of one does not touch the other (L7).
 
@@ -113,9 +129,9 @@ def fork(state: State) -> State:
     placed = state.slots.get("shard_model")
     if placed is not None and placed.fork is not None:
         return placed.fork(state)
-    model, optimizers, slots = copy.deepcopy(
-        (state.model, state.optimizers, dict(state.slots))
-    )
+    memo: dict[int, Any] = {}
+    model = copy.deepcopy(state.model, memo)
+    optimizers, slots = duplicated(state.optimizers, dict(state.slots), memo)
     pairs = zip(state.model.parameters(), model.parameters(), strict=True)
     for theirs, ours in pairs:  # deepcopy leaves the gradients of weights out
         if theirs.grad is not None:

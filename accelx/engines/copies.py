@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from accelx.engines.placed import Placed, blueprint
 from accelx.errors import PlacementError
-from accelx.state import trainable
+from accelx.state import duplicated, trainable
 
 if TYPE_CHECKING:
     from accelx.state import State
@@ -115,8 +115,7 @@ def _carried(state: State, placed: Placed) -> State:
         if theirs.grad is not None:
             ours.grad = theirs.grad.detach().clone()
     rest = {k: v for k, v in state.slots.items() if k != "shard_model"}
-    with torch.no_grad():
-        optimizers, slots = copy.deepcopy((state.optimizers, rest), memo)
+    optimizers, slots = duplicated(state.optimizers, rest, memo)
     return attrs.evolve(
         state,
         model=placed.model,

@@ -13,6 +13,7 @@ from accelx.launch.machine import Machine, cores, shares
 from accelx.launch.options import GRACE, PROGRAM
 
 # Whoever sets one of these places threads on purpose; binding would fight it.
+PER_CORE = 32  # ranks that a core may have, for trying things out
 PLACED_BY = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES", "OMP_PROC_BIND")
 
 
@@ -74,6 +75,7 @@ def resolve(asked: Asked, environ: Mapping[str, str], machine: Machine) -> Plan:
     count = _num_ranks(asked, machine)
     ranks = int(count.value)
     check_gpus(ranks, machine.gpus, asked.target)
+    check_cores(ranks, len(machine.cpus))
     threads = _threads(environ, machine, ranks)
     bound, cpus = _bound(asked, environ, machine, ranks, int(_first(threads.value)))
     loopback = "lo" if machine.system == "linux" else "lo0"
@@ -108,6 +110,17 @@ def check_gpus(num_ranks: int, gpus: int, target: str) -> None:
             f"each rank wants a GPU of its own: {num_ranks} ranks were asked for and "
             f"{gpus} GPU{'s are' if gpus > 1 else ' is'} visible; write -n {gpus}, or "
             f"hide the GPUs to run on the CPU: {hidden}"
+        )
+
+
+def check_cores(num_ranks: int, cores: int) -> None:
+    """Refuse so many ranks that starting them would bring the machine down."""
+    most = PER_CORE * max(1, cores)
+    if num_ranks > most:
+        raise SpawnError(
+            f"each rank is a process of its own with work for a core: {num_ranks} ranks "
+            f"were asked for and {cores} cores are here, which carry {most} at most; "
+            f"write -n {max(1, cores)}"
         )
 
 

@@ -7,7 +7,13 @@ from accelx.errors import SpawnError
 from accelx.launch.failure import Failure, first, raised
 from accelx.launch.machine import Cpu, Machine, shares, usable_gpus
 from accelx.launch.options import check_system, parse
-from accelx.launch.plan import asked_for, check_gpus, rank_variables, resolve
+from accelx.launch.plan import (
+    asked_for,
+    check_cores,
+    check_gpus,
+    rank_variables,
+    resolve,
+)
 
 # Two NUMA nodes of four cores; CPU n + 8 is the second hardware thread of core n.
 BIG = tuple(Cpu(n % 8 // 4, n % 8 // 4, n % 8, n) for n in range(16))
@@ -76,6 +82,15 @@ def test_more_ranks_than_gpus_are_refused(ranks, gpus):
     assert f"CUDA_VISIBLE_DEVICES= python -m accelx.spawn -n {ranks}" in str(
         caught.value
     )
+
+
+def test_ranks_that_would_bring_the_machine_down_are_refused():
+    """A slip of the finger starts no hundred thousand processes; 64 on 2 cores may."""
+    check_cores(64, 2)
+    with pytest.raises(SpawnError, match=r"100000 ranks.* 2 cores.*write -n 2"):
+        check_cores(100_000, 2)
+    with pytest.raises(SpawnError, match="512 at most"):
+        plan("-n", "100000")
 
 
 @pytest.mark.parametrize(("ranks", "gpus"), [(8, 8), (1, 8), (8, 0)])
