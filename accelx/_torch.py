@@ -67,6 +67,22 @@ def ddp_before(ddp: Any, args: Any, kwargs: Any) -> Any:
     return ddp._pre_forward(*args, **kwargs)
 
 
+def ddp_finished(ddp: Any) -> None:
+    """Raise, as the next forward would, if a bucket of gradients is not reduced."""
+    ddp.reducer._rebuild_buckets()
+
+
+def written(func: Any, args: Any, kwargs: Any) -> list[Any]:
+    """The arguments, in lists too, that an operator writes into."""
+    found: list[Any] = []
+    for i, argument in enumerate(func._schema.arguments):
+        alias = argument.alias_info
+        if alias is not None and alias.is_write:
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            found += value if isinstance(value, list | tuple) else [value]
+    return [t for t in found if isinstance(t, Tensor)]
+
+
 def ddp_behind(ddp: Any, output: Any) -> Any:
     """What a DistributedDataParallel does after its module's forward."""
     return ddp._post_forward(output)
@@ -80,7 +96,11 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
 
 
 def fsdp_forget(model: nn.Module) -> None:
-    """Drop gradients that wait in FSDP modules for a reduction that will not come."""
+    """Make FSDP modules forget a forward or backward pass that was broken off."""
+    root = model._get_fsdp_state()  # type: ignore[reportCallIssue]
+    if hasattr(root, "_reset_iter_state"):  # torch 2.13
+        root._reset_iter_state()
+    root._state_ctx.post_backward_final_callback_queued = False
     for module in fsdp_modules(model):
         state = module._get_fsdp_state()
         # 2.13 allows several groups a module; before, there was one or None

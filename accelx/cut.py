@@ -96,7 +96,7 @@ def _split_rows(
     tensor: Tensor, path: str, sizes: list[int], repeat: bool
 ) -> list[Tensor]:
     if not tensor.dim():
-        return [tensor] * len(sizes)
+        return [tensor.view_as(tensor) for _ in sizes]  # each takes its own mark
     length = 1 if repeat else sum(sizes)
     if tensor.size(0) != length:
         raise DataError(
@@ -119,8 +119,14 @@ def mean_of(out: Out) -> Mean:
     if isinstance(out.loss, Mean):
         return out.loss
     if isinstance(out.weight, int) and out.weight == 0:
-        return Mean(torch.zeros_like(out.loss), 0)  # type: ignore[reportArgumentType]
-    return Mean(out.loss * out.weight, out.weight)
+        return Mean(torch.zeros_like(torch.as_tensor(out.loss)), 0)
+    return Mean(_wide(out.loss) * out.weight, out.weight)
+
+
+def _wide(loss: Any) -> Any:
+    """A half-precision loss in float32: times its rows it would overflow."""
+    half = isinstance(loss, Tensor) and loss.dtype in (torch.float16, torch.bfloat16)
+    return loss.float() if half else loss
 
 
 def add(outs: list[Out]) -> Out:
@@ -137,7 +143,7 @@ def add(outs: list[Out]) -> Out:
         weight = sum(weights[1:], start=weights[0])
         return attrs.evolve(outs[0], loss=Mean(total, weight), weight=weight, aux=aux)
     real = [out for out in outs if out.weight] or outs[:1]  # not a placeholder's nan
-    losses = torch.stack([torch.as_tensor(out.loss) for out in real])
+    losses = torch.stack([_wide(torch.as_tensor(out.loss)) for out in real])
     each = [out.weight for out in real]
     rows = torch.tensor(each, dtype=losses.dtype, device=losses.device)
     count = sum(weights)

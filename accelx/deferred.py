@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import ref
 
 import attrs
 import torch
@@ -60,6 +61,7 @@ class Recorder(_torch.DispatchMode):
             set()
         )  # made from data from outside: cannot be made again
         self._held: dict[Key, None] = {}  # may be let go, oldest use first
+        self._seen: dict[int, ref[Tensor]] = {}  # what operations returned
 
     def __torch_dispatch__(
         self,
@@ -75,6 +77,7 @@ class Recorder(_torch.DispatchMode):
         random = _random_state(func, kwargs)
         out = func(*args, **kwargs)
         outs = list(_tensors(out))
+        self._seen.update((id(t), ref(t)) for t in outs)
         before = {_key(t) for t in inputs}
         if _torch.mutates(func) or any(_key(t) not in before for t in outs):
             self._record(func, args, kwargs, inputs, outs, random)
@@ -93,8 +96,7 @@ class Recorder(_torch.DispatchMode):
         unknown = any(
             _key(t) not in self._storages or _key(t) in self._kept for t in inputs
         )
-        written = {_key(t): t for t in (inputs[:1] if _torch.mutates(func) else outs)}
-        written |= {_key(t): t for t in outs}
+        written = {_key(t): t for t in (*_torch.written(func, args, kwargs), *outs)}
         if unknown or (random is None and _seeded(func)):
             self._kept |= written.keys()
         for key, tensor in written.items():
@@ -142,6 +144,15 @@ class Recorder(_torch.DispatchMode):
         self._held.pop(key, None)
         self._kept.add(key)
 
+    def settle(self, model: nn.Module) -> None:
+        """Give data back to tensors outside the model's weights, as in attributes."""
+        weights = {id(t) for t in (*model.parameters(), *model.buffers())}
+        for weak in self._seen.values():
+            tensor = weak()
+            if tensor is not None and id(tensor) not in weights:
+                self._restore(_key(tensor))
+        self._seen.clear()
+
     def full(self, tensor: Tensor) -> Tensor:
         """`tensor` with its data: itself, or made again into new memory."""
         key = _key(tensor)
@@ -185,8 +196,8 @@ class Recorder(_torch.DispatchMode):
         if op.random is not None:
             torch.set_rng_state(op.random)
         out = op.func(*_map(real, op.args), **_map(real, op.kwargs))
-        for ref, tensor in zip(op.outs, _tensors(out), strict=True):
-            live.setdefault(ref.key, tensor.untyped_storage())
+        for made, tensor in zip(op.outs, _tensors(out), strict=True):
+            live.setdefault(made.key, tensor.untyped_storage())
 
 
 _READS = (
@@ -227,6 +238,7 @@ def build(
     recorder = Recorder(budget)
     with _Unseen(recorder), recorder:
         model = factory()
+    recorder.settle(model)
     return model, recorder
 
 

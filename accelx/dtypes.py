@@ -31,11 +31,17 @@ def precision(wanted: object) -> Precision:
     if isinstance(wanted, Precision):
         names = {a.name: _name(a.name, getattr(wanted, a.name)) for a in _fields()}
         return Precision(**names)
+    near = next((p for p in PRESETS if _means(wanted, p)), "bf16")
     raise PrecisionError(
         f"with_precision wants one of {', '.join(map(repr, PRESETS))} or a "
-        "Precision(...), "
-        f'got {wanted!r}; write with_precision("bf16")'
+        f"Precision(...), got {wanted!r}; write with_precision(\"{near}\")"
     )
+
+
+def _means(wanted: object, preset: str) -> bool:
+    """Whether `wanted` is another word for `preset`: "float16", "16-mixed"."""
+    text, bits = str(wanted).lower(), preset[-2:]
+    return bits in text and ("b" in text.removeprefix("torch.")) == (preset == "bf16")
 
 
 def _fields() -> Any:
@@ -70,15 +76,9 @@ def cast(model: nn.Module, wanted: Precision | None) -> None:
     for p in model.parameters():
         if param and p.requires_grad and p.is_floating_point() and p.dtype != param:
             p.data = p.data.to(param)
-    for module in model.modules():
-        for name, b in module.named_buffers(recurse=False):
-            if buffer and b.is_floating_point() and b.dtype != buffer:
-                module.register_buffer(name, b.to(buffer), name not in _unsaved(module))
-
-
-def _unsaved(module: nn.Module) -> set[str]:
-    saved = set(module.state_dict(keep_vars=True))
-    return {n for n, _ in module.named_buffers(recurse=False)} - saved
+    for b in model.buffers():
+        if buffer and b.is_floating_point() and b.dtype != buffer:
+            b.data = b.data.to(buffer)
 
 
 def read_back(model: nn.Module, wanted: Precision) -> None:

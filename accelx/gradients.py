@@ -23,7 +23,7 @@ from accelx.records import (
     Transform,
     owing,
 )
-from accelx.rows import Rows
+from accelx.rows import Rows, one_mark
 from accelx.state import State
 
 Grads = Callable[..., tuple[State, Out]]
@@ -170,7 +170,7 @@ def _empty(aux: Any) -> Any:
 
     def one(leaf: Any) -> Any:
         if isinstance(leaf, Mean):
-            return Mean(torch.as_tensor(leaf.total) * 0, 0)
+            return Mean(torch.zeros_like(torch.as_tensor(leaf.total)), 0)
         return leaf[:0] if isinstance(leaf, Tensor) and leaf.dim() else leaf
 
     return None if aux is None else tree.map_leaves(one, aux, _is_mean)
@@ -185,8 +185,9 @@ def _whole(inner: Inner, engine: Engine, env: Env) -> Grads:
 
     def whole(state: State, *args: Any) -> tuple[State, Out]:
         rows = _rows(args, env)
+        _as_at_init(state)
         unit, scale = rows.total, 1.0 / _loss_scale(state)
-        earlier = _set_aside(state)
+        earlier = _set_aside(state) if state.pending else []
         try:
             state, out = inner(state, args, rows)
             if isinstance(out.loss, Mean) or not unit:
@@ -213,6 +214,8 @@ def _whole(inner: Inner, engine: Engine, env: Env) -> Grads:
 def _rows(args: Args, env: Env) -> Rows:
     """The rows of `args`; refuses rows cut over ranks for a model on one."""
     rows = rows_in(args, env.world)
+    if len(args) > 1:
+        one_mark(args)
     if env.world == 1 and rows.total > rows.rows:
         raise PlacementError(
             f"the batch is cut over ranks ({rows.rows} of {rows.total} rows are here), "
@@ -220,6 +223,21 @@ def _rows(args: Args, env: Env) -> Rows:
             'shard_model(env, "ddp") to the chain'
         )
     return rows
+
+
+def _as_at_init(state: State) -> None:
+    """Refuse gradients that no call of ours made, and weights unfrozen since `init`."""
+    if not state.pending and any(p.grad is not None for _, p in state.trained):
+        raise PlacementError(
+            "the model has gradients from elsewhere, which this step would add to its "
+            "own; lend it to another loss by `with ax.frozen(state) as model:`, or "
+            "drop them by state.model.zero_grad()"
+        )
+    if any(p.requires_grad for p in state.still):
+        raise PlacementError(
+            "a parameter that was frozen at ax.init gets gradients now, which would be "
+            "neither reduced nor clipped; make a new state by ax.init from a new module"
+        )
 
 
 def _reduced(env: Env, out: Out) -> Callable[[], Out]:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, default_collate
 from accelx import accept, fetch, prefetch
 from accelx.errors import DataError
 from accelx.permutation import check_seed, key, permute
-from accelx.records import code
+from accelx.records import Transform, code
 from accelx.rows import Rows, stamp
 
 BLOCK = 32768  # positions whose indices are computed at once, 256 KiB; the first 1024
@@ -93,6 +93,12 @@ def as_loader(source: Any, **fields: Any) -> Loader:
     for what cannot be cut exactly.
     """
     if not isinstance(source, (DataLoader, Loader)):
+        if isinstance(source, (Epochs, Transform)):
+            raise DataError(
+                f"wanted a DataLoader, got {_brief(source)}; write "
+                "ax.feed(tx, DataLoader(...)) with the DataLoader itself, which "
+                "shard_loader in tx then cuts over the ranks"
+            )
         if "batch_size" not in fields:
             raise DataError(
                 f"a loader needs a batch size, got the dataset {type(source).__name__} "

@@ -85,6 +85,16 @@ class Env(_Coded):
         return self.rank == 0
 
 
+def check_env(name: str, env: object) -> None:
+    """Refuse what is no Env where one was forgotten."""
+    if not isinstance(env, Env):
+        raise TypeError(
+            f"{name} wants an Env first, got {type(env).__name__}; write "
+            f"env = ax.connect(), then ax.{name}(env)(thing) or ax.{name}(env) in a "
+            "chain"
+        )
+
+
 @attrs.frozen(repr=False, eq=False)
 class Mean(_Coded):
     """A mean as numerator and denominator, so that it is taken once, over everything.

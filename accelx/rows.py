@@ -13,6 +13,7 @@ import attrs
 from torch import Tensor
 
 from accelx.errors import DataError
+from accelx.state import State
 
 B = TypeVar("B")
 
@@ -37,12 +38,16 @@ def mark(batch: B, rows: int, total: int) -> B:
 
 def stamp(batch: B, record: Rows) -> B:
     """`mark` with a record that was made before, for loops where it stays the same."""
-    if not _stamp(batch, record) and record.rows == 0:
+    if _stamp(batch, record):
+        return batch
+    if hasattr(batch, "__dict__"):  # an object of the user's own, tensors inside
+        object.__setattr__(batch, "_accelx_rows", record)
+    elif record.rows != record.total:
         raise DataError(
-            "a batch must hold a tensor to say that its row is only a placeholder, got "
-            f"{type(batch).__name__} without one on a rank that has none of the "
-            f"{record.total} rows; return a tensor (such as an index) from collate_fn, "
-            "or use drop_last=True with a batch_size of at least the number of ranks"
+            "a batch must hold a tensor, or be an object that takes an attribute, to "
+            f"say how many of its rows are real ({record.rows} of {record.total} "
+            f"here), got {type(batch).__name__}; return a tensor beside it (such as "
+            "the index) from collate_fn"
         )
     return batch
 
@@ -71,10 +76,27 @@ def _look(nodes: Iterable[Any], size: int | None) -> tuple[Rows | None, int | No
         else:
             kind = type(node)  # the usual containers without another call: 0.3 us each
             inner = node if kind is list or kind is tuple else _children(node)
-            found, size = _look(inner, size)
+            found, size = _look(inner, size) if inner else (_own(node), size)
         if found is not None:
             return found, size
     return None, size
+
+
+def _own(node: Any) -> Rows | None:
+    found = getattr(node, "_accelx_rows", None)
+    return found if isinstance(found, Rows) else None
+
+
+def one_mark(args: Iterable[Any]) -> None:
+    """Refuse arguments that come from batches of different sizes."""
+    marks = {mark for mark in (look((arg,))[0] for arg in args) if mark is not None}
+    if len(marks) > 1:
+        sizes = " and ".join(str(mark.total) for mark in marks)
+        raise DataError(
+            f"one step weighs all its rows alike, but got batches of {sizes} rows; "
+            "take them from one loader, or give each its own ax.grads and then "
+            "ax.apply once"
+        )
 
 
 def _stamp(node: Any, record: Rows) -> bool:
@@ -100,7 +122,7 @@ def _children(node: Any) -> Iterable[Any]:
         return ()
     if isinstance(node, Mapping):
         return node.values()  # type: ignore[return-value]
-    if isinstance(node, type):
+    if isinstance(node, (type, State)):
         return ()
     if dataclasses.is_dataclass(node):
         return [getattr(node, field.name) for field in dataclasses.fields(node)]

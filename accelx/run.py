@@ -18,7 +18,15 @@ from accelx.errors import DataError
 from accelx.loader import Loader, as_loader, batches
 from accelx.optimizers import make
 from accelx.records import Loss, Mean, Out, Transform, moved
-from accelx.state import State, spend, stepped, trainable
+from accelx.state import (
+    State,
+    check_state,
+    frozen_in,
+    spend,
+    stepped,
+    trainable,
+)
+from accelx.transform import check_transform
 
 Step = Callable[..., tuple[State, Out]]
 
@@ -36,13 +44,22 @@ def init(
     PlacementError for a module placed twice, an optimizer object in place of a
     function, or parameters that no optimizer moves.
     """
+    check_transform("init", tx)
+    if not isinstance(model, nn.Module) and not callable(model):
+        raise TypeError(
+            f"ax.init wants a torch.nn.Module or a function that makes one, got "
+            f"{type(model).__name__}; write ax.init(tx, lambda: Net(...), optim)"
+        )
     state = State(model)
     for one in tx:
         if one.place is not None:
             state = one.place(state, tx)
     state = _placed(state)
     state = attrs.evolve(
-        state, optimizers=make(optim, state.model), trained=trainable(state.model)
+        state,
+        optimizers=make(optim, state.model),
+        trained=trainable(state.model),
+        still=frozen_in(state.model),
     )
     for one in tx:
         if one.start is not None:
@@ -76,6 +93,7 @@ def feed(
     through as many epochs as it takes, each in an order of its own. The batch at step k
     depends on the dataset, the seed and k alone (L10).
     """
+    check_transform("feed", tx)
     made: Loader = as_loader(loader)
     for one in tx:
         if one.feed is not None:
@@ -98,13 +116,15 @@ def grads(tx: Transform, loss: Loss) -> Step:
     them with aux. Gradients are added to those that the state has not applied yet,
     reduced over ranks, unscaled and not clipped. Spends the state.
     """
+    check_transform("grads", tx)
     run = gradients.pipeline(tx, loss)
 
     def gradients_of(state: State, *args: Any) -> tuple[State, Out]:
+        check_state("grads", state)
         began = perf_counter()
         after, out = run(state, *args)
         out = attrs.evolve(out, late=None, times={"grads": perf_counter() - began})
-        after = attrs.evolve(after)
+        after = attrs.evolve(after, pending=True)
         spend(state, f"grads at step {after.step}")
         return after, out
 
@@ -116,9 +136,11 @@ def apply(tx: Transform) -> Step:
 
     Spends the state.
     """
+    check_transform("apply", tx)
     run = _update(tx)
 
     def applied(state: State, out: Out) -> tuple[State, Out]:
+        check_state("apply", state)
         return _spending(run, state, state, out, out.times.get("grads", 0.0))
 
     return applied
@@ -130,9 +152,11 @@ def step(tx: Transform, loss: Loss) -> Step:
     The batch in `args` is this rank's part of the global batch; `Out.loss` is the mean
     over all of it. Spends the state: go on with the one that it returns (L7).
     """
+    check_transform("step", tx)
     first, second = gradients.pipeline(tx, loss), _update(tx)
 
     def one_step(state: State, *args: Any) -> tuple[State, Out]:
+        check_state("step", state)
         began = perf_counter()
         after, out = first(state, *args)
         return _spending(second, state, after, out, perf_counter() - began)
@@ -187,6 +211,7 @@ def measure(tx: Transform, fn: Loss) -> Callable[..., Any]:
     them up over batches, then `reduce` over ranks: exact on any number of ranks. The
     state is not spent, the model is in evaluation mode.
     """
+    check_transform("measure", tx)
     for one in tx:
         if one.forward is not None:
             fn = one.forward(fn)
@@ -198,7 +223,9 @@ def measure(tx: Transform, fn: Loss) -> Callable[..., Any]:
 
         def one(leaf: Any) -> Any:
             mean = mean_of(Out(leaf, rows))
-            return mean if rows else Mean(torch.as_tensor(mean.total) * 0, 0)
+            if not rows:
+                return Mean(torch.zeros_like(torch.as_tensor(mean.total)), 0)
+            return mean
 
         return tree.map_leaves(one, result, lambda node: isinstance(node, Mean))
 
@@ -208,6 +235,7 @@ def measure(tx: Transform, fn: Loss) -> Callable[..., Any]:
 @contextmanager
 def evaluating(state: State) -> Generator[Any]:
     """The model in evaluation mode, without gradients. The state is not spent."""
+    check_state("evaluating", state)
     modes = {m: m.training for m in state.model.modules()}
     state.model.eval()
     try:
@@ -225,6 +253,7 @@ def frozen(state: State) -> Generator[Any]:
 
     For another model's step: pass it to that step as an argument.
     """
+    check_state("frozen", state)
     trained = [p for p in state.model.parameters() if p.requires_grad]
     for p in trained:
         p.requires_grad_(False)

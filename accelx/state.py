@@ -33,6 +33,8 @@ class State:
     skipped: int = 0  # batches that made no update
     slots: Mapping[str, Any] = _NO_SLOTS
     trained: tuple[tuple[str, Any], ...] = ()  # names and parameters with gradients
+    still: tuple[Any, ...] = ()  # parameters without, which must stay so
+    pending: bool = False  # whether gradients of `grads` wait for `apply`
     spent: str | None = None  # what used it
 
     @property
@@ -60,6 +62,9 @@ class State:
             )
         raise AttributeError(f"State has no attribute {name!r}")
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> State:
+        return fork(self)
+
     def __repr__(self) -> str:
         if self.spent is not None:
             return f"State(spent by {self.spent})"
@@ -71,7 +76,31 @@ class State:
         )
 
 
-_FIELDS = ("model", "optimizers", "step", "skipped", "slots", "trained")
+_FIELDS = (
+    "model",
+    "optimizers",
+    "step",
+    "skipped",
+    "slots",
+    "trained",
+    "still",
+    "pending",
+)
+
+
+def check_state(name: str, state: object) -> None:
+    """Refuse a model, or anything else, where a state is wanted."""
+    if not isinstance(state, State):
+        raise TypeError(
+            f"ax.{name} wants a State, got {type(state).__name__}; write "
+            "state = ax.init(tx, model, optim) and give it that"
+        )
+    if state.spent is not None:
+        raise SpentStateError(
+            f"ax.{name} was given a state that {state.spent} has already used; go on "
+            "with the state that it returned (`state, out = step(state, batch)`), or "
+            "keep a copy with `ax.fork(state)` before the step"
+        )
 
 
 def spend(state: State, by: str) -> None:
@@ -91,6 +120,7 @@ def stepped(state: State, made: bool) -> State:
         state.skipped + (not made),
         state.slots,
         state.trained,
+        state.still,
     )
 
 
@@ -104,6 +134,11 @@ def trainable(model: nn.Module) -> tuple[tuple[str, Any], ...]:
     return tuple((n, p) for n, p in model.named_parameters() if p.requires_grad)
 
 
+def frozen_in(model: nn.Module) -> tuple[Any, ...]:
+    """Parameters that get no gradients."""
+    return tuple(p for p in model.parameters() if not p.requires_grad)
+
+
 def duplicated(
     optimizers: tuple[Any, ...], slots: dict[str, Any], memo: dict[int, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -114,6 +149,8 @@ def duplicated(
     copied, new_slots = copy.deepcopy((optimizers, slots), memo)
     for new, old in zip(copied, optimizers, strict=True):
         for name, value in vars(old).items():
+            if name.endswith("_hooks"):
+                setattr(new, name, copy.copy(value))
             # a function there is a scheduler's wrapper around the old one's step
             if name not in vars(new) and not isinstance(value, FunctionType):
                 setattr(new, name, copy.deepcopy(value, memo))
@@ -142,4 +179,5 @@ def fork(state: State) -> State:
         optimizers=optimizers,
         slots=MappingProxyType(slots),
         trained=trainable(model),
+        still=frozen_in(model),
     )

@@ -34,6 +34,15 @@ def chain(*transforms: Transform) -> Transform:
     return Transform(passes)
 
 
+def check_transform(name: str, tx: object) -> None:
+    """Refuse arguments in another order, before anything is done with them."""
+    if not isinstance(tx, Transform):
+        raise TypeError(
+            f"ax.{name} wants a transform first, got {_called(tx)}; write "
+            f"ax.{name}(tx, ...) with tx = ax.chain(...)"
+        )
+
+
 def _called(thing: object) -> str:
     name = getattr(thing, "__name__", None)
     return f"the function {name}" if callable(thing) and name else repr(thing)

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from accelx.engines.placed import Placed, blueprint
 from accelx.errors import PlacementError
-from accelx.state import duplicated, trainable
+from accelx.state import duplicated, frozen_in, trainable
 
 if TYPE_CHECKING:
     from accelx.state import State
 
+# what every module has, and what names the object that was placed
+_INTERNALS = {*vars(nn.Module()), "_accelx_placed"} - {"training"}
 Again = Callable[[Placed, nn.Module, nn.Module], Placed]  # old, blank copy, source
 
 
@@ -67,7 +69,10 @@ def fill(model: nn.Module, source: nn.Module) -> None:
                 nn.Parameter(data, theirs.requires_grad) if weight else data
             )
         put(model, name, ours[id(theirs)])
-    model.train(source.training)
+    for new, old in zip(model.modules(), source.modules(), strict=True):
+        for name, value in vars(old).items():  # modes, counters: what has changed since
+            if name not in _INTERNALS and not name.startswith(("__", "_fsdp")):
+                vars(new)[name] = copy.deepcopy(value, dict(ours))
 
 
 def empty(model: nn.Module) -> None:
@@ -122,4 +127,5 @@ def _carried(state: State, placed: Placed) -> State:
         optimizers=optimizers,
         slots=MappingProxyType({**slots, "shard_model": placed}),
         trained=trainable(placed.model),
+        still=frozen_in(placed.model),
     )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from accelx import _torch, comm, deferred, dtypes
 from accelx.engines import copies, placed, plain
 from accelx.engines.placed import Placed, Plan
-from accelx.errors import PlacementError
+from accelx.errors import PlacementError, UnusedParameterError
 from accelx.match import select
 from accelx.records import Engine, Precision
 
@@ -146,6 +146,7 @@ def _policy(wanted: Precision | None) -> Callable[[bool], dict[str, Any]]:
             param_dtype=compute,
             reduce_dtype=reduce,
             output_dtype=output if root else None,
+            cast_forward_inputs=False,  # autocast casts where it is safe to
         )
     }
 
@@ -159,9 +160,27 @@ def settle(state: State, scale: Tensor | float) -> None:
     """Check that every parameter took part, average statistics, multiply by `scale`."""
     here: Placed = state.slots["shard_model"]
     placed.all_used(state)
+    if here.unused == "allow":
+        _same_used(state, here)
     placed.average(here.drifting, here.env)
     if not (isinstance(scale, float) and scale == 1.0):
         _torch.scale_(_local(plain.gradients(state)), scale)
+
+
+def _same_used(state: State, here: Placed) -> None:
+    """FSDP2 packs the gradients that a rank has: they must be the same ones on all."""
+    marks = torch.tensor([float(p.grad is not None) for _, p in state.trained])
+    sums = marks.to(here.env.device)
+    comm.sum_scalars(here.env, sums)
+    mixed = (sums > 0) & (sums < here.env.world)
+    if mixed.any():
+        names = [n for (n, _), odd in zip(state.trained, mixed, strict=True) if odd]
+        raise UnusedParameterError(
+            "fsdp2 wants every rank to use the same parameters in a step, but only "
+            f"some ranks used {', '.join(names[:8])}; add 0 * parameter.sum() to the "
+            "loss where "
+            'a rank does not use it, or write shard_model(env, "ddp", unused="allow")'
+        )
 
 
 def _local(grads: list[Tensor]) -> list[Any]:

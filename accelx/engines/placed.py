@@ -97,8 +97,9 @@ def drifting(model: nn.Module, env: Env) -> tuple[Tensor, ...]:
     if names and env.world > 1:
         warnings.warn(
             f"{', '.join(names[:5])} normalise over the rows of one rank, so numbers "
-            f"depend on the {env.world} ranks; running statistics are averaged at each "
-            "step. Write GroupNorm or LayerNorm, or on GPUs "
+            f"depend on the {env.world} ranks; ax.step averages running statistics, "
+            "and in a loop of your own each rank keeps its own. Write GroupNorm or "
+            "LayerNorm, or on GPUs "
             "torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)",
             NeutralityWarning,
             stacklevel=2,
@@ -140,12 +141,23 @@ def all_used(state: State) -> None:
         raise unused(missing, placed)
 
 
+def _settle_alone(state: State, scale: Tensor | float) -> None:
+    all_used(state)
+    plain.settle(state, scale)
+
+
+ALONE = attrs.evolve(plain.ENGINE, settle=_settle_alone)
+"""The plain engine for a model placed on one rank: it asks what others ask."""
+
+
 def unused(names: list[str], placed: Placed) -> UnusedParameterError:
     """The error that says which parameters got no gradient, and what to do."""
+    alone = placed.engine is ALONE
+    kind = "" if alone else f', "{placed.engine.name}"'
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
     return UnusedParameterError(
         f"{len(names)} trainable parameter{'s' * (len(names) > 1)} got no gradient on "
         f"rank {placed.env.rank}: {shown}. Use them in the loss, or freeze them "
         "(parameter.requires_grad_(False)), or write "
-        f'shard_model(env, "{placed.engine.name}", unused="allow")'
+        f'shard_model(env{kind}, unused="allow")'
     )

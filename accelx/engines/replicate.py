@@ -13,12 +13,20 @@ from torch import Tensor, nn
 from accelx import _torch, dtypes
 from accelx.engines import copies, placed, plain
 from accelx.engines.placed import Placed, Plan
-from accelx.errors import PrecisionError
+from accelx.errors import PlacementError, PrecisionError
 from accelx.records import Engine
 from accelx.state import trainable
 
 if TYPE_CHECKING:
     from accelx.state import State
+
+
+@attrs.define(eq=False)
+class Seen:
+    """The DDP of a model, and whether the model was called since the last step."""
+
+    ddp: Any
+    called: bool = False
 
 
 def place(model: nn.Module, plan: Plan) -> Placed:
@@ -54,12 +62,14 @@ def hooked(result: Placed, blank: Any) -> Placed:
             copies.from_main(tensor, result.env.device)
         return attrs.evolve(result, engine=plain.ENGINE)
     ddp = _torch.ddp(model, find_unused=result.unused == "allow")
-    result = attrs.evolve(result, handle=ddp, fork=copies.forker(blank, _again))
+    seen = Seen(ddp)
+    result = attrs.evolve(result, handle=seen, fork=copies.forker(blank, _again))
 
     # A deep copy of the model, as users make for an average, shares these hooks, and is
     # none of DDP's business.
     def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
         if module is model:
+            seen.called = True
             return _naming(result, _torch.ddp_before, ddp, args, kwargs)
         return args, kwargs
 
@@ -105,7 +115,17 @@ def backward(state: State, loss: Tensor, scale: float) -> None:
 def settle(state: State, scale: Tensor | float) -> None:
     """Check that every parameter took part, average statistics, multiply by `scale`."""
     here: Placed = state.slots["shard_model"]
+    if not here.handle.called:
+        raise PlacementError(
+            f"ddp reduces gradients of what {type(here.model).__name__}.__call__ "
+            "computed, but the loss did not call the model itself, so ranks would "
+            "train apart; write model(...) in the loss, and reach other methods "
+            "through forward"
+        )
+    here.handle.called = False
     placed.all_used(state)
+    if here.unused == "error":
+        _naming(here, _torch.ddp_finished, here.handle.ddp)
     placed.average(here.drifting, here.env)
     plain.settle(state, scale)
 
@@ -113,7 +133,7 @@ def settle(state: State, scale: Tensor | float) -> None:
 @contextmanager
 def quiet(state: State) -> Generator[None]:
     """No reduction for the forward and backward passes inside."""
-    ddp = state.slots["shard_model"].handle
+    ddp = state.slots["shard_model"].handle.ddp
     loud = ddp.require_backward_grad_sync
     ddp.require_backward_grad_sync = False
     try:

@@ -118,9 +118,9 @@ def check_cores(num_ranks: int, cores: int) -> None:
     most = PER_CORE * max(1, cores)
     if num_ranks > most:
         raise SpawnError(
-            f"each rank is a process of its own with work for a core: {num_ranks} ranks "
-            f"were asked for and {cores} cores are here, which carry {most} at most; "
-            f"write -n {max(1, cores)}"
+            f"each rank is a process of its own with work for a core: {num_ranks} "
+            f"ranks were asked for and {cores} cores are here, which carry {most} at "
+            f"most; write -n {max(1, cores)}"
         )
 
 

@@ -54,7 +54,7 @@ def accumulate(n: int) -> Transform:
         return accumulated if n > 1 else grads
 
     rules = Rules(
-        once=True, why="a batch is cut once; write accumulate(n) with their product"
+        once=True, why="a batch is cut once; keep one, with the n that you mean"
     )
     return Transform(
         (

@@ -30,8 +30,8 @@ def clip(norm: float) -> Transform:
     measures. Not neutral. Raises ValueError if `norm` is not positive.
     Pascanu, Mikolov, Bengio 2013, section 3.2.
     """
-    if not norm > 0:
-        raise ValueError(f"clip wants a positive norm, got {norm}; write clip(1.0)")
+    if not isinstance(norm, int | float) or not norm > 0:  # type: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"clip wants a positive norm, got {norm!r}; write clip(1.0)")
 
     def before(state: Any, out: Out) -> tuple[Any, Out]:
         from accelx.engines.placed import engine_of

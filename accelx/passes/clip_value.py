@@ -25,9 +25,9 @@ def clip_value(limit: float) -> Transform:
     As torch.nn.utils.clip_grad_value_, after averaging and unscaling. Not neutral.
     Raises ValueError if `limit` is not positive.
     """
-    if not limit > 0:
+    if not isinstance(limit, int | float) or not limit > 0:  # type: ignore[reportUnnecessaryIsInstance]
         raise ValueError(
-            f"clip_value wants a positive limit, got {limit}; write clip_value(0.5)"
+            f"clip_value wants a positive limit, got {limit!r}; write clip_value(0.5)"
         )
 
     def before(state: Any, out: Out) -> tuple[Any, Out]:

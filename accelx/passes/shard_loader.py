@@ -6,7 +6,8 @@ from typing import Any
 
 import attrs
 
-from accelx.records import Env, Pass, Rules, Transform, code
+from accelx.permutation import check_seed
+from accelx.records import Env, Pass, Rules, Transform, check_env, code
 
 
 @attrs.frozen(repr=False)
@@ -34,6 +35,8 @@ def shard_loader(env: Env, seed: int = 0, *, ragged: bool = False) -> Transform:
     `ragged=True` says that the loop sums and counts for itself, as evaluation does.
     Neutral (L4). Raises DataError for loaders that cannot be cut exactly.
     """
+    check_env("shard_loader", env)
+    check_seed(seed)
     spec = ShardLoader(env, seed, ragged)
 
     def placed(loader: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,7 +10,7 @@ import attrs
 
 from accelx.errors import CollectiveError, PlacementError
 from accelx.match import Selector
-from accelx.records import Env, Pass, Precision, Rules, Transform, code
+from accelx.records import Env, Pass, Precision, Rules, Transform, check_env, code
 
 KINDS = ("ddp", "fsdp2")
 
@@ -59,6 +60,7 @@ def shard_model(
     moves the model, collectives. Raises PlacementError. Li et al. 2020 (DDP,
     arXiv:2006.15704); Zhao et al. 2023 (FSDP, arXiv:2304.11277).
     """
+    check_env("shard_model", env)
     _choice("shard_model(env, kind)", kind, KINDS)
     _choice("shard_model(unused=...)", unused, ("error", "allow"))
     kept = blocks if blocks is None or _single(blocks) else tuple(blocks)  # type: ignore[reportGeneralTypeIssues]
@@ -87,9 +89,10 @@ def shard_model(
 
 def _choice(where: str, got: str, choices: tuple[str, ...]) -> None:
     if got not in choices:
+        near = difflib.get_close_matches(str(got).lower(), choices, 1, 0.5)
         raise PlacementError(
             f"{where} wants one of {', '.join(map(repr, choices))}, got {got!r}; "
-            f"write {choices[-1]!r}"
+            f"write {(near or choices[-1:])[0]!r}"
         )
 
 
@@ -150,11 +153,11 @@ def _placer(spec: ShardModel) -> Any:
 
 def _plain(model: Any, plan: Any) -> Any:
     from accelx import dtypes
-    from accelx.engines import placed, plain
+    from accelx.engines import placed
 
     model.to(plan.env.device)
     dtypes.cast(model, plan.precision)
-    return placed.Placed(plain.ENGINE, plan.env, model, unused=plan.unused)
+    return placed.Placed(placed.ALONE, plan.env, model, unused=plan.unused)
 
 
 def _ready(env: Env) -> None:

@@ -35,7 +35,7 @@ NAMESPACE = {name: getattr(ax, name) for name in ax.__all__} | {
 
 def evaluated(code):
     """What printed code makes, in the names of accelx and of this file."""
-    return eval(code, dict(NAMESPACE))
+    return eval(code, {"env": ENV, **NAMESPACE})
 
 
 real = st.one_of(

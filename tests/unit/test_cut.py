@@ -50,7 +50,8 @@ def test_rows_are_found_in_any_container():
     assert second["batch"].names == ["c", "d"]
     assert second["batch"].x.tolist() == [2, 3]
     assert second["pair"][0].tolist() == [[4, 5], [6, 7]]
-    assert first["scale"] is data["scale"]
+    assert first["scale"] == second["scale"] == data["scale"]
+    assert rows_of(data["scale"]) is None  # what the caller owns takes no mark
     assert (second["pair"][1], second["note"], second["none"]) == (3.5, "text", None)
 
 

@@ -71,8 +71,22 @@ def test_leading_skips_scalars():
 
 
 def test_only_a_placeholder_needs_a_tensor_to_be_marked():
-    """Text without tensors passes unmarked, but never as a row that is not there."""
+    """Text alone passes on one rank; on several its rows could not be weighed."""
     batch = {"text": ["a", "b"]}
-    assert rows_of(mark(batch, 2, 4)) is None
-    with pytest.raises(DataError, match=r"none of the 4 rows.*collate_fn"):
-        mark(batch, 0, 4)
+    assert rows_of(mark(batch, 2, 2)) is None
+    for rows in (2, 0):
+        with pytest.raises(DataError, match=rf"\({rows} of 4 here\).*collate_fn"):
+            mark(batch, rows, 4)
+
+
+class Bag:
+    """A batch of a class that is no container to anybody."""
+
+    def __init__(self):
+        self.x = torch.ones(2, 3)
+
+
+def test_an_object_of_the_user_s_own_carries_its_mark():
+    """Its tensors cannot be seen, so it is marked itself."""
+    assert rows_of(mark(Bag(), 2, 5)) == Rows(2, 5)
+    assert rows_of(Bag()) is None
