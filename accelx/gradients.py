@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from accelx import comm, tree
 from accelx.cut import Args, mean_of, rows_in
 from accelx.engines.placed import engine_of
-from accelx.errors import LossError, PlacementError
+from accelx.errors import LossError, NeutralityWarning, PlacementError
 from accelx.records import (
     Engine,
     Env,
@@ -54,15 +55,18 @@ def _composed(tx: Transform, loss: Loss, engine: Engine, env: Env) -> Grads:
             loss = one.forward(loss)
     local = _local(loss, engine)
     wraps = [one.backward for one in active if one.backward is not None]
+    sharded = tx.find("shard_loader") is not None
     if not wraps:
-        return _whole(local, engine, env)
+        return _whole(local, engine, env, sharded)
 
     def grads(state: State, *args: Any) -> tuple[State, Out]:
         return local(state, args, rows_in(args, env.world))
 
     for wrap in wraps:
         grads = wrap(grads)
-    return _whole(lambda state, args, rows: grads(state, *args), engine, env)
+    return _whole(
+        lambda state, args, rows: grads(state, *args), engine, env, sharded
+    )
 
 
 def env_of(state: State) -> Env:
@@ -180,12 +184,17 @@ def _is_mean(node: Any) -> bool:
     return isinstance(node, Mean)
 
 
-def _whole(inner: Inner, engine: Engine, env: Env) -> Grads:
+def _whole(inner: Inner, engine: Engine, env: Env, sharded: bool) -> Grads:
     """Reduce weights, losses and aux over ranks at once, then make gradients whole."""
+    doubtful = sharded and env.world > 1
 
     def whole(state: State, *args: Any) -> tuple[State, Out]:
+        nonlocal doubtful
         rows = _rows(args, env)
         _as_at_init(state)
+        if doubtful and not rows.total:
+            doubtful = False
+            _warn_of_whole_batches(rows.rows, env)
         unit, scale = rows.total, 1.0 / _loss_scale(state)
         earlier = _set_aside(state) if state.pending else []
         try:
@@ -223,6 +232,17 @@ def _rows(args: Args, env: Env) -> Rows:
             'shard_model(env, "ddp") to the chain'
         )
     return rows
+
+
+def _warn_of_whole_batches(rows: int, env: Env) -> None:
+    warnings.warn(
+        f"the chain has shard_loader, but a step was given {rows} rows that do not "
+        "come from ax.feed: they are taken for this rank's own, and if they are the "
+        f"whole batch, each sample counts {env.world} times; write "
+        "`for batch in ax.feed(tx, loader):`, and change batches inside the loss",
+        NeutralityWarning,
+        stacklevel=4,
+    )
 
 
 def _as_at_init(state: State) -> None:
