@@ -120,7 +120,8 @@ def _pods(found: Vars) -> Env | None:
     world = found.int("WORLD_SIZE")
     if index is None or world is None:
         missing = "WORLD_SIZE" if world is None else "RANK"
-        raise fail(found, f"{missing} is missing", f"set {missing}, or unset the other")
+        mend = f"set {missing}, or unset what was found to run one process"
+        raise fail(found, f"{missing} is missing", mend)
     made = place(found, index, world, 0, 1, node=index)
     return placed(found, made, "kubernetes")
 

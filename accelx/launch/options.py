@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     count = "number of ranks: 8; auto is one per GPU, or per NUMA node"
     say("-n", required=True, type=num_ranks, metavar="N", help=count)
     _add_kinds(parser)
-    say("--log-dir", metavar="DIR", help="also write rank 0's output to DIR/rank-0.log")
+    say("--log-dir", metavar="DIR", help="also write each rank's output to DIR/rank-N.log")
     say("--prefix", action="store_true", help="start each line of output with [rank]")
     say("--print", action="store_true", help="show every setting and start nothing")
     wait = f"seconds from a request to stop until SIGKILL, by default {GRACE:g}"
@@ -78,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     cores = "give each rank cores of its own; auto: where each gets two or more"
     say("--bind", choices=("auto", "always", "never"), help=cores)
     say("target", metavar="script", help="a Python file, or a module after -m")
-    say("args", nargs=argparse.REMAINDER, help="handed to the script as they are")
+    rest = "handed to the script as they are"
+    say("args", nargs=argparse.REMAINDER, default=[], help=rest)
     return parser
 
 
