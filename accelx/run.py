@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from accelx import gradients, tree
-from accelx.cut import mean_of, rows_in
+from accelx.cut import rows_in
 from accelx.engines.placed import claim, engine_of, seal
 from accelx.errors import DataError
 from accelx.loader import Loader, as_loader, batches
@@ -222,10 +222,14 @@ def measure(tx: Transform, fn: Loss) -> Callable[..., Any]:
             result = fn(model, *args)
 
         def one(leaf: Any) -> Any:
-            mean = mean_of(Out(leaf, rows))
-            if not rows:
-                return Mean(torch.zeros_like(torch.as_tensor(mean.total)), 0)
-            return mean
+            if isinstance(leaf, Mean):
+                total, weight = torch.as_tensor(leaf.total), torch.as_tensor(leaf.weight)
+            else:
+                total = torch.as_tensor(leaf) * (rows or 1)
+                weight = torch.tensor(rows or 1)
+            if not rows:  # of the same kind on each rank, and for nothing even if nan
+                total, weight = torch.zeros_like(total), torch.zeros_like(weight)
+            return Mean(total, weight)
 
         return tree.map_leaves(one, result, lambda node: isinstance(node, Mean))
 

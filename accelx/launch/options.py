@@ -70,7 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     count = "number of ranks: 8; auto is one per GPU, or per NUMA node"
     say("-n", required=True, type=num_ranks, metavar="N", help=count)
     _add_kinds(parser)
-    say("--log-dir", metavar="DIR", help="also write each rank's output to DIR/rank-N.log")
+    logs = "also write each rank's output to DIR/rank-N.log"
+    say("--log-dir", metavar="DIR", help=logs)
     say("--prefix", action="store_true", help="start each line of output with [rank]")
     say("--print", action="store_true", help="show every setting and start nothing")
     wait = f"seconds from a request to stop until SIGKILL, by default {GRACE:g}"
