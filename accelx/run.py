@@ -227,7 +227,7 @@ def measure(tx: Transform, fn: Loss) -> Callable[..., Any]:
             else:
                 total = torch.as_tensor(leaf) * (rows or 1)
                 weight = torch.tensor(rows or 1)
-            if not rows:  # of the same kind on each rank, and for nothing even if nan
+            if not rows:  # the same kind on each rank, and nothing even if nan
                 total, weight = torch.zeros_like(total), torch.zeros_like(weight)
             return Mean(total, weight)
 
