@@ -34,7 +34,7 @@ def precision(wanted: object) -> Precision:
     near = next((p for p in PRESETS if _means(wanted, p)), "bf16")
     raise PrecisionError(
         f"with_precision wants one of {', '.join(map(repr, PRESETS))} or a "
-        f"Precision(...), got {wanted!r}; write with_precision(\"{near}\")"
+        f'Precision(...), got {wanted!r}; write with_precision("{near}")'
     )
 
 

@@ -64,9 +64,7 @@ def _composed(tx: Transform, loss: Loss, engine: Engine, env: Env) -> Grads:
 
     for wrap in wraps:
         grads = wrap(grads)
-    return _whole(
-        lambda state, args, rows: grads(state, *args), engine, env, sharded
-    )
+    return _whole(lambda state, args, rows: grads(state, *args), engine, env, sharded)
 
 
 def env_of(state: State) -> Env:
@@ -84,20 +82,30 @@ def _local(loss: Loss, engine: Engine) -> Inner:
     def local(state: State, args: Args, rows: Rows) -> tuple[State, Out]:
         value, aux = read(loss(state.model, *args))
         up, unit = _loss_scale(state), _unit(rows.total)
+        leaf = None if engine.carry is None else engine.carry(state)
         if isinstance(value, Mean):
             total = _trains(_as_total(value))
             if not rows.rows:  # a placeholder takes part, and counts for nothing
-                engine.backward(state, total, 0.0)
+                engine.backward(state, total, 0.0, *_carried(leaf, total, 0))
                 none = Mean(torch.zeros_like(total), 0)
                 return state, Out(cast(Any, none), 0, aux=_empty(aux))
-            engine.backward(state, total, up / unit)
+            engine.backward(state, total, up / unit, *_carried(leaf, total, 0))
             kept = Mean(total.detach(), _detached(value.weight))
             return state, Out(cast(Any, kept), kept.weight, aux=aux)
-        engine.backward(state, _trains(value), up * (rows.rows / unit))
+        carried = _carried(leaf, value, rows.rows)
+        engine.backward(state, _trains(value), up * (rows.rows / unit), *carried)
         aux = aux if rows.rows else _empty(aux)
         return state, Out(value.detach(), rows.rows, aux=aux)
 
     return local
+
+
+def _carried(leaf: Any, loss: Tensor, rows: int) -> tuple[Any, ...]:
+    """What an engine that can reduces along: the loss of this microbatch's rows."""
+    if leaf is None:
+        return ()
+    total = loss.detach().to(leaf.dtype) * rows
+    return leaf, total if rows else torch.zeros_like(total)
 
 
 def _unit(total: int) -> float:
@@ -197,6 +205,7 @@ def _whole(inner: Inner, engine: Engine, env: Env, sharded: bool) -> Grads:
             _warn_of_whole_batches(rows.rows, env)
         unit, scale = rows.total, 1.0 / _loss_scale(state)
         earlier = _set_aside(state) if state.pending else []
+        leaf = None if engine.carry is None else engine.carry(state)
         try:
             state, out = inner(state, args, rows)
             if isinstance(out.loss, Mean) or not unit:
@@ -204,6 +213,8 @@ def _whole(inner: Inner, engine: Engine, env: Env, sharded: bool) -> Grads:
                 if not out.weight:
                     out = attrs.evolve(out, skipped="no row or token has a weight")
                 scale *= _unit(unit) / (float(out.weight) or 1.0)
+            elif leaf is not None and out.aux is None:
+                out = Out(leaf.grad * (env.world / unit), unit)
             elif env.world > 1 or out.aux is not None:  # nothing waits for the report
                 out = owing(_fields(_reduced(env, out), unit))
             engine.settle(state, scale)
@@ -214,6 +225,8 @@ def _whole(inner: Inner, engine: Engine, env: Env, sharded: bool) -> Grads:
                 state.slots["shard_model"].forget()
             raise
         finally:
+            if leaf is not None:
+                leaf.grad = None
             _put_back(earlier)
         return state, out
 

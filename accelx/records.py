@@ -297,7 +297,7 @@ class Engine:
     """How a placed model goes backward and updates. Vary it with `attrs.evolve`."""
 
     name: str
-    backward: Callable[[Any, Tensor, float], None]
+    backward: Callable[..., None]
     """(state, scalar, scale): add scale * the gradient of the sum over ranks."""
     settle: Callable[[Any, Tensor | float], None]
     """(state, scale): make gradients whole over ranks and multiply them by scale."""
@@ -307,4 +307,8 @@ class Engine:
     """(state, limit): the global 2-norm, (); scale gradients to limit if beyond."""
     quiet: Callable[[Any], Any]
     """(state): a context in which backward passes do not communicate."""
+    carry: Callable[[Any], Any] | None = None
+    """(state): a scalar leaf whose gradient is reduced with the others, or None. What
+    `backward` is given as (..., leaf, value) comes out there as its mean over ranks.
+    """
     handles: frozenset[str] = frozenset()  # names of passes that it does itself

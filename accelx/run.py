@@ -223,7 +223,10 @@ def measure(tx: Transform, fn: Loss) -> Callable[..., Any]:
 
         def one(leaf: Any) -> Any:
             if isinstance(leaf, Mean):
-                total, weight = torch.as_tensor(leaf.total), torch.as_tensor(leaf.weight)
+                total, weight = (
+                    torch.as_tensor(leaf.total),
+                    torch.as_tensor(leaf.weight),
+                )
             else:
                 total = torch.as_tensor(leaf) * (rows or 1)
                 weight = torch.tensor(rows or 1)

@@ -28,6 +28,7 @@ class Plan:
     blocks: Selector | tuple[Selector, ...] | None
     unused: str  # "error" or "allow"
     precision: Precision | None
+    alone: bool = False  # for a loop of the user's own, without a State
 
 
 @attrs.frozen(eq=False)

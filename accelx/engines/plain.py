@@ -16,8 +16,21 @@ if TYPE_CHECKING:
     from accelx.state import State
 
 
-def backward(state: State, loss: Tensor, scale: float) -> None:
-    """Add `scale` times the gradient of the scalar `loss` to the parameters'."""
+def backward(
+    state: State,
+    loss: Tensor,
+    scale: float,
+    leaf: Tensor | None = None,
+    value: Tensor | None = None,
+) -> None:
+    """Add `scale` times the gradient of the scalar `loss` to the parameters'.
+
+    And `value` to the gradient of `leaf`, in the same pass.
+    """
+    if leaf is not None:
+        wide = loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss
+        torch.autograd.backward((wide, leaf), (torch.full_like(wide, scale), value))
+        return
     if scale == 1.0:
         loss.backward()
         return

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import attrs
+import torch
 from torch import Tensor, nn
 
 from accelx import _torch, dtypes
@@ -26,7 +27,24 @@ class Seen:
     """The DDP of a model, and whether the model was called since the last step."""
 
     ddp: Any
+    leaf: Any = None  # a parameter of the DDP that is none of the model's
     called: bool = False
+
+
+class _Carrying(nn.Module):
+    """A model, and a scalar beside it."""
+
+    def __init__(self, model: nn.Module, leaf: nn.Parameter) -> None:
+        super().__init__()
+        self.model, self.leaf = model, leaf
+
+
+def _leaf(result: Placed, alone: bool) -> nn.Parameter | None:
+    """A scalar to carry, where all backward passes are ours and have the digits."""
+    dtype = result.trainable[-1][1].dtype  # of the bucket that is reduced first
+    if alone or result.unused == "allow" or dtype not in (torch.float32, torch.float64):
+        return None
+    return nn.Parameter(torch.zeros((), dtype=dtype, device=result.env.device))
 
 
 def place(model: nn.Module, plan: Plan) -> Placed:
@@ -51,18 +69,20 @@ def place(model: nn.Module, plan: Plan) -> Placed:
         drifting=placed.drifting(model, plan.env),
         unused=plan.unused,
     )
-    return hooked(result, blank=copies.try_blueprint(model))
+    return hooked(result, copies.try_blueprint(model), plan.alone)
 
 
-def hooked(result: Placed, blank: Any) -> Placed:
+def hooked(result: Placed, blank: Any, alone: bool) -> Placed:
     """`result` with DDP made and its two halves hooked around the model's forward."""
     model = result.model
     if not result.trainable:  # DDP refuses a model with nothing to reduce
         for tensor in (*model.parameters(), *model.buffers()):
             copies.from_main(tensor, result.env.device)
         return attrs.evolve(result, engine=plain.ENGINE)
-    ddp = _torch.ddp(model, find_unused=result.unused == "allow")
-    seen = Seen(ddp)
+    leaf = _leaf(result, alone)
+    whole = model if leaf is None else _Carrying(model, leaf)
+    ddp = _torch.ddp(whole, find_unused=result.unused == "allow")
+    seen = Seen(ddp, leaf)
     result = attrs.evolve(result, handle=seen, fork=copies.forker(blank, _again))
 
     # A deep copy of the model, as users make for an average, shares these hooks, and is
@@ -92,24 +112,43 @@ def _again(old: Placed, model: nn.Module, source: nn.Module) -> Placed:
         trainable=trainable(model),
         drifting=placed.statistics(model) if old.drifting else (),
     )
-    return hooked(fresh, blank=copies.try_blueprint(model))
+    return hooked(fresh, copies.try_blueprint(model), old.handle.leaf is None)
 
 
 def _naming(result: Placed, half: Any, *args: Any) -> Any:
-    """DDP's complaint about missing gradients, with names for its indices."""
+    """DDP's complaint about missing gradients, with names for its numbers."""
     try:
         return half(*args)
     except RuntimeError as error:
         found = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
         if found is None:
             raise
-        names = [result.trainable[int(i)][0] for i in found[1].split()]
+        first = int(result.handle.leaf is not None)  # the leaf is counted as 0
+        indices = [int(i) - first for i in found[1].split()]
+        names = [result.trainable[i][0] for i in indices if i >= 0]
+        if not names:  # the loss that was carried is missing: no step of ours
+            raise PlacementError(
+                "a backward pass outside ax.step reached this model, which ddp then "
+                "reduces half-way; lend it by `with ax.frozen(state) as model:`"
+            ) from error
         raise placed.unused(names, result) from error
 
 
-def backward(state: State, loss: Tensor, scale: float) -> None:
+def backward(
+    state: State,
+    loss: Tensor,
+    scale: float,
+    leaf: Tensor | None = None,
+    value: Tensor | None = None,
+) -> None:
     """DDP takes the mean over ranks: times their number it is the sum."""
-    plain.backward(state, loss, scale * state.slots["shard_model"].env.world)
+    world = state.slots["shard_model"].env.world
+    plain.backward(state, loss, scale * world, leaf, value)
+
+
+def carry(state: State) -> Any:
+    """The loss travels in a bucket of gradients: a collective of its own costs more."""
+    return state.slots["shard_model"].handle.leaf
 
 
 def settle(state: State, scale: Tensor | float) -> None:
@@ -142,4 +181,4 @@ def quiet(state: State) -> Generator[None]:
         ddp.require_backward_grad_sync = loud
 
 
-ENGINE = Engine("ddp", backward, settle, plain.update, plain.clip, quiet)
+ENGINE = Engine("ddp", backward, settle, plain.update, plain.clip, quiet, carry)

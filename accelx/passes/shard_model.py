@@ -69,7 +69,7 @@ def shard_model(
     def place(state: Any, tx: Transform) -> Any:
         from accelx.state import with_slot
 
-        placed = placing(state.model, spec, tx.find("with_precision"))
+        placed = placing(state.model, spec, tx.find("with_precision"), alone=False)
         state = attrs.evolve(state, model=placed.model)
         return with_slot(state, "shard_model", placed)
 
@@ -79,7 +79,7 @@ def shard_model(
                 "shard_model",
                 spec,
                 place=place,
-                alone=lambda model: placing(model, spec, None).model,
+                alone=lambda model: placing(model, spec, None, alone=True).model,
                 rules=Rules(once=True, why="a model is placed once, by one engine"),
                 neutral=True,
             ),
@@ -100,7 +100,7 @@ def _single(blocks: object) -> bool:
     return isinstance(blocks, str | type) or callable(blocks)
 
 
-def placing(thing: Any, spec: ShardModel, precise: Any) -> Any:
+def placing(thing: Any, spec: ShardModel, precise: Any, alone: bool) -> Any:
     """Place a module, or what a function makes: the Placed record."""
     from torch import nn
 
@@ -109,7 +109,7 @@ def placing(thing: Any, spec: ShardModel, precise: Any) -> Any:
 
     _ready(spec.env)
     wanted: Precision | None = None if precise is None else precise.precision
-    plan = placed.Plan(spec.env, spec.blocks, spec.unused, wanted)
+    plan = placed.Plan(spec.env, spec.blocks, spec.unused, wanted, alone)
     whole = spec.env.world == 1 or spec.kind != "fsdp2"
     if isinstance(thing, nn.Module):
         model = thing
