@@ -260,13 +260,15 @@ def _warn_of_whole_batches(rows: int, env: Env) -> None:
 
 def _as_at_init(state: State) -> None:
     """Refuse gradients that no call of ours made, and weights unfrozen since `init`."""
-    if not state.pending and any(p.grad is not None for _, p in state.trained):
+    for _, p in () if state.pending else state.trained:
+        if p.grad is None:
+            continue
         raise PlacementError(
             "the model has gradients from elsewhere, which this step would add to its "
             "own; lend it to another loss by `with ax.frozen(state) as model:`, or "
             "drop them by state.model.zero_grad()"
         )
-    if any(p.requires_grad for p in state.still):
+    if state.still and any(p.requires_grad for p in state.still):
         raise PlacementError(
             "a parameter that was frozen at ax.init gets gradients now, which would be "
             "neither reduced nor clipped; make a new state by ax.init from a new module"

@@ -79,16 +79,13 @@ def _connect_output(birth: Birth) -> None:
         nowhere = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nowhere, 0)
         os.close(nowhere)
-    if birth.output is None:
-        return
-    for stream, source, number in zip(
-        (sys.stdout, sys.stderr), birth.output, (1, 2), strict=True
-    ):
+    for source, number in zip(birth.output or (), (1, 2), strict=False):
         os.dup2(source, number)
         os.close(source)
+    for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure is not None:
-            reconfigure(line_buffering=True)
+        if reconfigure is not None:  # whole lines, also under PYTHONUNBUFFERED
+            reconfigure(line_buffering=True, write_through=False)
 
 
 def _reseed() -> None:
