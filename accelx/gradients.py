@@ -92,7 +92,7 @@ def _local(loss: Loss, engine: Engine) -> Inner:
             engine.backward(state, total, up / unit, *_carried(leaf, total, 0))
             kept = Mean(total.detach(), _detached(value.weight))
             return state, Out(cast(Any, kept), kept.weight, aux=aux)
-        carried = _carried(leaf, value, rows.rows)
+        carried = () if leaf is None else _carried(leaf, value, rows.rows)
         engine.backward(state, _trains(value), up * (rows.rows / unit), *carried)
         aux = aux if rows.rows else _empty(aux)
         return state, Out(value.detach(), rows.rows, aux=aux)

@@ -156,7 +156,8 @@ def step(tx: Transform, loss: Loss) -> Step:
     first, second = gradients.pipeline(tx, loss), _update(tx)
 
     def one_step(state: State, *args: Any) -> tuple[State, Out]:
-        check_state("step", state)
+        if type(state) is not State or state.spent is not None:
+            check_state("step", state)
         began = perf_counter()
         after, out = first(state, *args)
         return _spending(second, state, after, out, perf_counter() - began)
@@ -184,7 +185,7 @@ def _update(tx: Transform) -> Step:
     def update(state: State, out: Out, seconds: float) -> tuple[State, Out]:
         began = perf_counter()
         engine = engine_of(state)
-        active = [p for p in acting if p.name not in engine.handles]
+        active = acting and [p for p in acting if p.name not in engine.handles]
         for one in active:
             if one.before is not None and out.skipped is None:
                 state, out = one.before(state, out)

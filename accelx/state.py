@@ -86,6 +86,7 @@ _FIELDS = (
     "still",
     "pending",
 )
+_TAKES = tuple(vars(State)[name].__delete__ for name in _FIELDS)
 
 
 def check_state(name: str, state: object) -> None:
@@ -106,8 +107,8 @@ def check_state(name: str, state: object) -> None:
 def spend(state: State, by: str) -> None:
     """Take everything out of `state`; from now on reading it raises SpentStateError."""
     object.__setattr__(state, "spent", by)
-    for name in _FIELDS:
-        object.__delattr__(state, name)
+    for take in _TAKES:
+        take(state)
 
 
 def stepped(state: State, made: bool) -> State:
