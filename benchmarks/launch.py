@@ -55,6 +55,10 @@ def launchers(ranks, script):
         words += ["--mixed_precision=no", "--dynamo_backend=no", script]
         name = f"{ranks} ranks: accelerate {version('accelerate')}"
         commands[name] = [PYTHON, "-m", "accelerate.commands.launch", *words]
+    if find_spec("lightning_fabric"):
+        words = ["--accelerator=cpu", f"--devices={ranks}", script]
+        name = f"{ranks} ranks: fabric {version('lightning-fabric')}"
+        commands[name] = [PYTHON, "-m", "lightning_fabric.cli", *words]
     return commands
 
 
