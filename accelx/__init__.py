@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from .env import close as close, connect as connect, detect as detect
     from .errors import (
         AccelxError as AccelxError,
+        CheckpointError as CheckpointError,
+        CheckpointWarning as CheckpointWarning,
         CollectiveError as CollectiveError,
+        DamagedError as DamagedError,
         DataError as DataError,
         DetectError as DetectError,
         LossError as LossError,
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
         PrecisionError as PrecisionError,
         SpawnError as SpawnError,
         SpentStateError as SpentStateError,
+        StorageError as StorageError,
         UnusedParameterError as UnusedParameterError,
     )
     from .explain import explain as explain
@@ -44,6 +48,8 @@ if TYPE_CHECKING:
     from .passes.accumulate import accumulate as accumulate
     from .passes.clip import clip as clip
     from .passes.clip_value import clip_value as clip_value
+    from .passes.load_state import load_state as load_state
+    from .passes.save_state import save_state as save_state
     from .passes.shard_loader import shard_loader as shard_loader
     from .passes.shard_model import shard_model as shard_model
     from .passes.with_precision import with_precision as with_precision
@@ -70,6 +76,8 @@ if TYPE_CHECKING:
         measure as measure,
         step as step,
     )
+    from .saves.commit import latest as latest
+    from .saves.retain import retain as retain
     from .schedules import (
         warmup_cosine as warmup_cosine,
         warmup_linear as warmup_linear,
@@ -85,9 +93,11 @@ if TYPE_CHECKING:
 # File -> the public names it defines. A test holds the imports above to it.
 _NAMES = {
     "errors": (
-        *("AccelxError", "CollectiveError", "DataError", "DetectError", "LossError"),
-        *("MissingExtraError", "OrderError", "PlacementError", "PrecisionError"),
-        *("SpawnError", "SpentStateError", "UnusedParameterError", "NeutralityWarning"),
+        *("AccelxError", "CheckpointError", "CollectiveError", "DamagedError"),
+        *("DataError", "DetectError", "LossError", "MissingExtraError", "OrderError"),
+        *("PlacementError", "PrecisionError", "SpawnError", "SpentStateError"),
+        *("StorageError", "UnusedParameterError"),
+        *("CheckpointWarning", "NeutralityWarning"),
     ),
     "records": (
         *("Axis", "Engine", "Env", "Mean", "Out", "Pass", "Precision", "Rules"),
@@ -108,6 +118,8 @@ _NAMES = {
     "passes.accumulate": ("accumulate",),
     "passes.clip": ("clip",),
     "passes.clip_value": ("clip_value",),
+    "passes.load_state": ("load_state",),
+    "passes.save_state": ("save_state",),
     "passes.shard_loader": ("shard_loader",),
     "passes.shard_model": ("shard_model",),
     "passes.with_precision": ("with_precision",),
@@ -116,6 +128,8 @@ _NAMES = {
         *("apply", "evaluating", "feed", "frozen", "grads", "init", "measure"),
         "step",
     ),
+    "saves.commit": ("latest",),
+    "saves.retain": ("retain",),
     "spawn": ("spawn",),
     "testing": ("testing",),
 }

@@ -172,3 +172,18 @@ def mutates(func: Any) -> bool:
 def name_of(func: Any) -> str:
     """An operator's name without its namespace and overload."""
     return func._schema.name.split("::")[1]
+
+
+def local_box(
+    shape: tuple[int, ...],
+    mesh_shape: tuple[int, ...],
+    coordinate: list[int],
+    placements: Any,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and global offset of the slice that a rank of a mesh holds of a DTensor."""
+    from torch.distributed.tensor import _utils
+
+    size, offset = _utils._compute_local_shape_and_global_offset(
+        shape, mesh_shape, coordinate, placements
+    )
+    return tuple(size), tuple(offset)

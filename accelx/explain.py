@@ -8,7 +8,10 @@ import attrs
 
 from accelx.records import Pass, Transform
 
-ARROWS = ("place", "start", "feed", "forward", "backward", "before", "after")
+ARROWS = (
+    *("place", "start", "feed", "forward", "backward", "before", "after"),
+    *("restore", "done"),
+)
 _HEADS = ("pass", "acts on", "neutral", "settings")
 
 

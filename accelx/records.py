@@ -234,6 +234,11 @@ class Pass:
     backward: Callable[..., Any] | None = None  # (Grads, Engine) -> Grads
     before: Arrow | None = None  # gradients are whole, update not made
     after: Arrow | None = None  # update made
+    # (State, Transform) -> State, once, every slot open: what was saved comes back
+    restore: Callable[[Any, Transform], Any] | None = None
+    # (State, Out | None) -> the same: the step is over, or skipped, or (None) was a
+    # batch of `measure`. Looks, saves, leaves; what it sees is what the next step gets
+    done: Callable[[Any, Out | None], tuple[Any, Out | None]] | None = None
     alone: Callable[[Any], Any] | None = (
         None  # what `transform(x)` does without a chain
     )

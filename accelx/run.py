@@ -64,6 +64,9 @@ def init(
     for one in tx:
         if one.start is not None:
             state = one.start(state, tx)
+    for one in tx:
+        if one.restore is not None:
+            state = one.restore(state, tx)
     return state
 
 
@@ -182,6 +185,12 @@ def _spending(
 def _update(tx: Transform) -> Step:
     """Passes before, the optimizers, passes after; what the engine does is left out."""
 
+    def whole(state: State, out: Out, seconds: float) -> tuple[State, Out]:
+        state, out = update(state, out, seconds)
+        for over in last:
+            state, out = over(state, out)
+        return state, out
+
     def update(state: State, out: Out, seconds: float) -> tuple[State, Out]:
         began = perf_counter()
         engine = engine_of(state)
@@ -201,7 +210,8 @@ def _update(tx: Transform) -> Step:
         return state, out
 
     acting = [p for p in tx if p.before is not None or p.after is not None]
-    return update
+    last: list[Any] = [p.done for p in tx if p.done is not None]
+    return whole if last else update
 
 
 def measure(tx: Transform, fn: Loss) -> Callable[..., Any]:
@@ -216,6 +226,7 @@ def measure(tx: Transform, fn: Loss) -> Callable[..., Any]:
     for one in tx:
         if one.forward is not None:
             fn = one.forward(fn)
+    last = [one.done for one in tx if one.done is not None]
 
     def measured(state: State, *args: Any) -> Any:
         rows = rows_in(args, gradients.env_of(state).world).rows
@@ -235,7 +246,10 @@ def measure(tx: Transform, fn: Loss) -> Callable[..., Any]:
                 total, weight = torch.zeros_like(total), torch.zeros_like(weight)
             return Mean(total, weight)
 
-        return tree.map_leaves(one, result, lambda node: isinstance(node, Mean))
+        means = tree.map_leaves(one, result, lambda node: isinstance(node, Mean))
+        for over in last:
+            over(state, None)
+        return means
 
     return measured
 

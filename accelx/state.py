@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 _NO_SLOTS: Mapping[str, Any] = MappingProxyType({})
 
 
+class Transient:
+    """Base of what a pass keeps in its slot for this process only: it is not saved."""
+
+    __slots__ = ()
+
+
 @attrs.frozen(eq=False, repr=False, slots=True)
 class State:
     """Model, optimizers, step, a slot for each pass that remembers. Used once (L7).

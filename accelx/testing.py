@@ -10,6 +10,7 @@ import selectors
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -142,12 +143,20 @@ def _attempt(
         torch.set_num_threads(1)
         env = connect(env, axes=axes, device="cpu", timeout=timeout)
         value = fn(env, *args)
+        _join_threads()
         report = _dumped(_Report(ok=True, value=value, time=time.monotonic()))
         close(env)
         return report
     except BaseException:
         text = traceback.format_exc()
         return _dumped(_Report(ok=False, value=text, time=time.monotonic()))
+
+
+def _join_threads() -> None:
+    """Wait for what runs beside, such as a save, as a process does when it ends."""
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread() and not thread.daemon:
+            thread.join()
 
 
 def _collect(ranks: list[_Rank], timeout: float) -> dict[int, _Report | None]:

@@ -8,7 +8,8 @@ from typing import Any
 import attrs
 
 from accelx import order
-from accelx.records import Arrow, Loss, Pass, Rules, Transform
+from accelx.explain import ARROWS
+from accelx.records import Arrow, Loss, Out, Pass, Rules, Transform
 
 identity: Transform = Transform()
 """The transform that does nothing: `chain(t, identity) == t` (L1)."""
@@ -75,6 +76,8 @@ def transform(
     backward: Callable[..., Any] | None = None,
     before: Arrow | None = None,
     after: Arrow | None = None,
+    restore: Callable[[Any, Transform], Any] | None = None,
+    done: Callable[[Any, Out | None], tuple[Any, Out | None]] | None = None,
     rules: Rules | tuple[Rules, ...] = (),
     neutral: bool = False,
 ) -> Transform:
@@ -83,19 +86,15 @@ def transform(
     place, start: (State, Transform) -> State, once, before and after optimizers exist.
     feed: Loader -> Loader. forward: Loss -> Loss. backward: Grads -> Grads.
     before, after: (State, Out) -> (State, Out), around the update.
+    restore: (State, Transform) -> State, once, after every pass has opened its slot.
+    done: (State, Out) -> (State, Out) once the step is over, also a skipped one; after
+    a batch of `measure` with None in place of the Out.
     A pass that remembers something keeps it in `state.slots[name]`. Claim `neutral`
     only for a pass that leaves the numbers of a run as they are (L4). Raises ValueError
     for a name that is no identifier, or no arrow at all.
     """
-    arrows: dict[str, Any] = {
-        "place": place,
-        "start": start,
-        "feed": feed,
-        "forward": forward,
-        "backward": backward,
-        "before": before,
-        "after": after,
-    }
+    every = (place, start, feed, forward, backward, before, after, restore, done)
+    arrows: dict[str, Any] = dict(zip(ARROWS, every, strict=True))
     given = tuple((k, f) for k, f in arrows.items() if f is not None)
     if not name.isidentifier():
         raise ValueError(

@@ -15,6 +15,7 @@ from accelx.engines import plain
 from accelx.errors import NeutralityWarning, PlacementError, UnusedParameterError
 from accelx.match import Selector
 from accelx.records import Engine, Env, Precision
+from accelx.state import Transient
 
 if TYPE_CHECKING:
     from accelx.state import State
@@ -32,7 +33,7 @@ class Plan:
 
 
 @attrs.frozen(eq=False)
-class Placed:
+class Placed(Transient):
     """The slot "shard_model": the engine, and what it needs at each step."""
 
     engine: Engine

@@ -20,6 +20,7 @@ from tests.unit.source import (
 
 LAUNCHER = re.compile(r"(spawn|launch)\w*(/|\.py$)")
 REQUIRED = {"torch", "attrs", "typing_extensions", "safetensors", "fsspec"}
+REQUIRED |= {"xxhash", "tenacity"}
 OPTIONAL = {"deepspeed", "torch_xla", "torch_tpu", "s3fs", "gcsfs", "torchao"}
 OPTIONAL |= {"tensorboard", "wandb"}
 # Documented by Python, despite the underscore.
@@ -171,7 +172,7 @@ def test_an_optional_package_is_imported_in_one_file_only():
 
 @each_file
 def test_no_other_package_is_imported(file):
-    """accelx imports the standard library, its five dependencies and its extras."""
+    """accelx imports the standard library, its dependencies and its extras."""
     known = {*sys.stdlib_module_names, *REQUIRED, *OPTIONAL, "accelx"}
     packages = {name.partition(".")[0] for _, name in imports(FILES[file], file)}
     assert packages <= known, f"accelx/{file} imports {sorted(packages - known)}"

@@ -1,0 +1,1 @@
+"""How a state is saved and restored: the format, who writes and who reads what."""

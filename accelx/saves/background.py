@@ -1,0 +1,116 @@
+"""A save beside the training: a snapshot, a thread that writes it, one at a time."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from accelx import _torch
+from accelx.errors import CheckpointError
+from accelx.saves.memory import flat
+from accelx.saves.save import Job, run
+from accelx.saves.write import Slab
+
+POLL = 0.01  # seconds between looks at whether the other ranks have written
+FAILED = 74  # EX_IOERR of sysexits.h: the last save of a run that ends failed
+
+
+@attrs.define(eq=False)
+class Background:
+    """At most one save under way, and the host memory that snapshots share."""
+
+    thread: threading.Thread | None = None
+    error: BaseException | None = None
+    buffer: Tensor | None = None
+    watched: bool = False
+
+    def start(self, job: Job, after: Callable[[Job], None]) -> None:
+        """Copy what `job` writes, then write it in a thread. Returns after the copy."""
+        if not self.watched:
+            atexit.register(self._at_exit)
+            self.watched = True
+        job = attrs.evolve(job, slabs=self._snapshot(job))
+
+        def work() -> None:
+            try:
+                run(job, _meeting(job))
+                after(job)
+            except BaseException as error:  # raised by the next step
+                self.error = error
+
+        self.thread = threading.Thread(target=work, name="accelx-save")
+        self.thread.start()
+
+    def join(self) -> None:
+        """Wait for the save under way. Raises what made it fail."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise, once, what made the last save fail."""
+        if self.error is None:
+            return
+        error, self.error = self.error, None
+        raise CheckpointError(
+            f"a save that went on beside the training failed: {error}\nThe run is "
+            "whole; mend the cause, and start again from the newest checkpoint"
+        ) from error
+
+    def _snapshot(self, job: Job) -> list[Slab]:
+        size = sum(slab.size for slab in job.slabs)
+        if self.buffer is None or self.buffer.numel() < size:
+            pinned = not job.env.device.startswith(("cpu", "xla", "meta"))
+            self.buffer = None  # before the new one is made
+            self.buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        made, at = list[Slab](), 0
+        for slab in job.slabs:
+            copy = self.buffer[at : at + slab.size]
+            copy.copy_(flat(slab.data))
+            made.append(attrs.evolve(slab, data=copy))
+            at += slab.size
+        return made
+
+    def _at_exit(self) -> None:
+        """A failure that no step is left to raise must not look like success."""
+        try:
+            self.join()
+        except CheckpointError:
+            traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(FAILED)
+
+
+def _meeting(job: Job) -> Callable[[str, Any], list[Any]]:
+    """How threads of all ranks tell each other: by keys of the store, no collective.
+
+    Collectives of a thread would come between those of the training.
+    """
+    env = job.env
+    if env.world == 1:
+        return lambda where, told: [told]
+    store = _torch.prefixed(f"accelx/{job.store.root}", _torch.default_store())
+
+    def meet(where: str, told: Any) -> list[Any]:
+        store.set(f"{where}/{env.rank}", json.dumps(told))
+        keys = [f"{where}/{rank}" for rank in range(env.world)]
+        while not store.check(keys):
+            if getattr(sys, "last_value", None) is not None:  # the program has failed
+                raise CheckpointError("the run ended before all ranks had written")
+            time.sleep(POLL)
+        return [json.loads(store.get(key)) for key in keys]
+
+    return meet

@@ -1,0 +1,100 @@
+"""What of a state is saved, and under which names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+from torch import Tensor, nn
+
+from accelx.errors import CheckpointError
+from accelx.match import Selector, fits
+from accelx.saves import optim
+from accelx.saves.boxes import Box
+from accelx.saves.lie import Lie, Slice, lie
+from accelx.saves.streams import SIZE, now
+from accelx.saves.typed import encode
+from accelx.state import State, Transient
+
+RANDOM = "random"  # (ranks, SIZE) uint8, each rank its row
+
+
+@attrs.frozen(eq=False)
+class Contents:
+    """The tensors, the rest as typed JSON, and the names that are tied."""
+
+    tensors: Mapping[str, Tensor]
+    values: Mapping[str, Any]
+    aliases: Mapping[str, str]
+    lies: Mapping[str, Lie]
+    left: Mapping[str, Tensor]  # weights that `select` leaves out
+
+
+def contents(
+    state: State, rank: int, world: int, device: str, select: Selector | None
+) -> Contents:
+    """What is saved of `state`. Nothing is copied but the random streams."""
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {"step": state.step, "skipped": state.skipped}
+    keep = _keeper(tensors)
+    held, aliases, extra = model_tensors(state.model)
+    left = {n: t for n, t in held.items() if not selected(select, n, t)}
+    for name, tensor in held.items():
+        if name not in left:
+            keep(f"model.{name}", tensor)
+    for name, value in extra.items():
+        values[f"model.{name}"] = encode(value, f"model.{name}", keep)
+    names = optim.names_of(state.model)
+    for i, optimizer in enumerate(state.optimizers):
+        values |= optim.describe(i, optimizer, names, keep)
+    for name, slot in state.slots.items():
+        if not isinstance(slot, Transient):
+            values[f"slots.{name}"] = encode(slot, f"slots.{name}", keep)
+    memo: dict[Any, Any] = {}
+    lies = {name: lie(name, tensor, memo) for name, tensor in tensors.items()}
+    tensors[RANDOM] = now(device)
+    rows = tuple(Slice(Box((r, 0), (r + 1, SIZE)), (r,)) for r in range(world))
+    lies[RANDOM] = Lie("uint8", (world, SIZE), rows)
+    tied = {f"model.{a}": f"model.{b}" for a, b in aliases.items() if b not in left}
+    return Contents(tensors, values, tied, lies, left)
+
+
+def _keeper(tensors: dict[str, Tensor]) -> Callable[[str, Tensor], None]:
+    def keep(name: str, tensor: Tensor) -> None:
+        if name in tensors:
+            raise CheckpointError(
+                f"two tensors want to be saved as {name!r}; name one of them otherwise"
+            )
+        tensors[name] = tensor.detach()
+
+    return keep
+
+
+def selected(select: Selector | None, name: str, tensor: Any) -> bool:
+    """Whether `select` takes a weight; buffers are always taken."""
+    if select is None or not isinstance(tensor, nn.Parameter):
+        return True
+    return tensor.requires_grad if select == "trainable" else fits(select, name, tensor)
+
+
+def model_tensors(
+    model: nn.Module,
+) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
+    """Weights and persistent buffers by name, tied names, and a module's extra state.
+
+    Buffers that are not persistent are left out, as state_dict leaves them out.
+    """
+    held: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    extra: dict[str, Any] = {}
+    first: dict[int, str] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if name.rpartition(".")[2] == "_extra_state":
+            extra[name] = value
+        elif id(value) in first:
+            aliases[name] = first[id(value)]
+        else:
+            first[id(value)] = name
+            held[name] = value
+    return held, aliases, extra

@@ -1,0 +1,84 @@
+"""How a tensor lies over ranks: which slices there are, and who holds each."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+from torch import Tensor
+
+from accelx import _torch
+from accelx.errors import CheckpointError
+from accelx.saves.boxes import Box, Ints, whole
+
+
+@attrs.frozen
+class Slice:
+    """A slice of a tensor and the ranks that hold it, each of them all of it."""
+
+    box: Box
+    ranks: Ints
+
+
+@attrs.frozen
+class Lie:
+    """How one tensor lies. `slices` is None where every rank holds it whole."""
+
+    dtype: str  # torch's name
+    shape: Ints  # of the whole
+    slices: tuple[Slice, ...] | None = None
+
+
+def lie(name: str, tensor: Tensor, memo: dict[Any, Any]) -> Lie:
+    """How `tensor` lies. `memo` is the caller's, for the tensors of one state."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    shape = tuple(tensor.shape)
+    if not _torch.is_dtensor(tensor):
+        return Lie(dtype, shape)
+    one: Any = tensor
+    key = (shape, id(one.device_mesh), one.placements)
+    if key not in memo:
+        memo[key] = _slices(name, one)
+    return Lie(dtype, shape, memo[key])
+
+
+def _slices(name: str, tensor: Any) -> tuple[Slice, ...]:
+    if any(p.is_partial() for p in tensor.placements):
+        raise CheckpointError(
+            f"{name} wants to be whole or in slices, but its ranks hold parts of a sum "
+            f"({tensor.placements}); reduce it first: tensor.redistribute(...)"
+        )
+    mesh = tensor.device_mesh.mesh
+    held: dict[Box, list[int]] = {}
+    for at in itertools.product(*map(range, mesh.shape)):
+        box = box_at(tensor, at)
+        if box is not None:
+            held.setdefault(box, []).append(int(mesh[at]))
+    ordered = sorted(held.items(), key=lambda item: item[0].lo)
+    return tuple(Slice(box, tuple(ranks)) for box, ranks in ordered)
+
+
+def box_at(tensor: Any, coordinate: Sequence[int]) -> Box | None:
+    """What the rank at a coordinate of the mesh holds of a DTensor."""
+    size, offset = _torch.local_box(
+        tuple(tensor.shape),
+        tuple(tensor.device_mesh.mesh.shape),
+        list(coordinate),
+        tensor.placements,
+    )
+    if 0 in size:
+        return None
+    return Box(offset, tuple(o + n for o, n in zip(offset, size, strict=True)))
+
+
+def here(tensor: Tensor) -> tuple[Box | None, Tensor]:
+    """Which box of `tensor` this rank holds, and the memory that it lies in."""
+    if not _torch.is_dtensor(tensor):
+        box = whole(tensor.shape)
+        return (None if 0 in tensor.shape else box), tensor
+    one: Any = tensor
+    coordinate = one.device_mesh.get_coordinate()
+    box = None if coordinate is None else box_at(one, coordinate)
+    return box, one.to_local()

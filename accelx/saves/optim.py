@@ -1,0 +1,140 @@
+"""Optimizers by the names of their parameters, in words of ours, not of torch's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from accelx.errors import CheckpointError
+from accelx.saves import check
+from accelx.saves.typed import Keep, Made, decode, encode
+
+# torch's word for a moment -> ours. A file keeps ours, so that another release of
+# torch reads it; words not listed are kept.
+WORDS = {
+    "exp_avg": "first_moment",
+    "exp_avg_sq": "second_moment",
+    "max_exp_avg_sq": "max_second_moment",
+    "momentum_buffer": "momentum",
+    "square_avg": "mean_square",
+    "grad_avg": "mean_gradient",
+    "acc_delta": "mean_square_update",
+    "exp_inf": "max_gradient",
+    "sum": "sum_of_squares",
+    "ax": "average_weight",
+}
+TORCH = {ours: theirs for theirs, ours in WORDS.items()}
+
+
+def names_of(model: nn.Module) -> dict[int, str]:
+    """id of a parameter -> its first name."""
+    return {id(p): name for name, p in model.named_parameters()}
+
+
+def describe(i: int, optimizer: Any, names: dict[int, str], keep: Keep) -> Any:
+    """Groups and state of optimizer `i` as typed JSON: two values, by name."""
+    at = f"optim.{i}"
+    groups, state = list[Any](), dict[str, Any]()
+    for number, group in enumerate(optimizer.param_groups):
+        options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        groups.append(
+            {
+                "params": [names[id(p)] for p in group["params"]],
+                "options": encode(options, f"{at}.groups.{number}", keep),
+            }
+        )
+        for p in group["params"]:
+            held = optimizer.state.get(p)
+            if held:
+                name = names[id(p)]
+                words = {WORDS.get(k, k): v for k, v in held.items()}
+                state[name] = encode(words, f"{at}.state.{name}", keep)
+    kind = type(optimizer).__name__
+    return {
+        f"{at}.groups": {"class": kind, "groups": groups},
+        f"{at}.state": {"class": kind, "state": state},
+    }
+
+
+def restored_state(
+    i: int,
+    raw: Any,
+    optimizer: Any,
+    names: Mapping[str, str],
+    own: dict[int, str],
+    make: Made,
+) -> Callable[[], None]:
+    """The state of optimizer `i`, to be filled; what installs it.
+
+    `names` maps names here to names in the file. Raises CheckpointError for another
+    kind of optimizer, and for a parameter that the file knows nothing of.
+    """
+    check.record(raw, f"optim.{i}.state", {"class": str, "state": dict})
+    _same_kind(i, raw, optimizer)
+    held = raw["state"]
+    made: dict[Any, Any] = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            saved = names[own[id(p)]]
+            if saved in held:
+                at = f"optim.{i}.state.{saved}"
+                words = decode(held[saved], at, dict.fromkeys(held[saved], p), make)
+                made[p] = {TORCH.get(k, k): v for k, v in words.items()}
+
+    def install() -> None:
+        optimizer.state.clear()
+        optimizer.state.update(made)
+
+    return install
+
+
+def restored_groups(
+    i: int,
+    raw: Any,
+    optimizer: Any,
+    names: Mapping[str, str],
+    own: dict[int, str],
+    make: Made,
+) -> Callable[[], None]:
+    """The options of optimizer `i`'s groups; what sets them.
+
+    A group here takes the options of the group in the file that held its parameters.
+    Options that are not here any more are left out, new ones keep what they are.
+    """
+    check.record(raw, f"optim.{i}.groups", {"class": str, "groups": list})
+    for one in raw["groups"]:
+        check.record(one, f"optim.{i}.groups", {"params": list, "options": dict})
+    _same_kind(i, raw, optimizer)
+    of = {name: g for g in raw["groups"] for name in g["params"]}
+    made = list[tuple[dict[str, Any], dict[str, Any]]]()
+    for number, group in enumerate(optimizer.param_groups):
+        saved = [names[own[id(p)]] for p in group["params"]]
+        theirs = [of[name] for name in saved if name in of]
+        if any(one is not theirs[0] for one in theirs):
+            raise CheckpointError(
+                f"group {number} of optimizer {i} wants options from one group, but "
+                f"its parameters were in several ({saved[:4]} ...); make the groups "
+                "that were saved, or leave options out: only=... without "
+                f'"optim.{i}.groups"'
+            )
+        if theirs:
+            at = f"optim.{i}.groups.{raw['groups'].index(theirs[0])}"
+            made.append((group, decode(theirs[0]["options"], at, group, make)))
+
+    def install() -> None:
+        for group, options in made:
+            group.update({k: v for k, v in options.items() if k in group})
+
+    return install
+
+
+def _same_kind(i: int, raw: Any, optimizer: Any) -> None:
+    kind = type(optimizer).__name__
+    if raw["class"] != kind:
+        raise CheckpointError(
+            f"optimizer {i} was a {raw['class']} when it was saved, and here it is a "
+            f"{kind}; make that one, or leave it out: "
+            'only=("model.**", "step", "skipped")'
+        )

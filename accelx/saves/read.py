@@ -1,0 +1,167 @@
+"""Slices of a checkpoint into memory: only the bytes that are wanted, and checked."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import attrs
+import torch
+from torch import Tensor
+
+from accelx import storage
+from accelx.errors import DamagedError
+from accelx.saves.boxes import Box, contiguous, overlap, rows, span, strides
+from accelx.saves.manifest import Index, Manifest, Where
+from accelx.saves.memory import inside, view
+from accelx.saves.strict import digest
+from accelx.saves.verify import THREADS, Fill, damage, open_index, problems
+from accelx.storage import Store
+
+BLOCK = 16 << 20  # bytes that one thread holds beside the destination, about
+VERIFY = ("touched", "full", "off")
+
+
+@attrs.frozen(eq=False)
+class Want:
+    """A box of a stored tensor, and the memory that it is to fill."""
+
+    name: str
+    box: Box
+    out: Tensor
+
+
+@attrs.frozen(eq=False)
+class _Job:
+    """A box of one stored slice, and where it goes."""
+
+    name: str
+    part: int
+    where: Where
+    stored: Box  # the slice
+    box: Box  # what is wanted of it
+    out: Tensor
+    width: int
+
+
+def fill(
+    store: Store, manifest: Manifest, wants: Iterable[Want], verify: str = "touched"
+) -> int:
+    """Read every want into its memory; the bytes that were read.
+
+    Bytes are read where they are to lie, or by way of a buffer of about BLOCK a thread
+    where they must be turned or moved to a device. "touched" checks the digest of each
+    chunk that is read from, "full" of every byte of every part first, "off" of none.
+    Raises DamagedError, which names file, tensor and bytes.
+    """
+    if verify == "full":
+        for problem in problems(store, manifest):
+            raise DamagedError(problem)
+    checked = verify != "off"
+    indices: dict[int, Index] = {}
+    jobs = list(_jobs(store, manifest, wants, indices, checked))
+    with contextlib.ExitStack() as stack:
+        readers: dict[int, Fill] = {}
+        for part in indices:
+            name = manifest.parts[part].file
+            readers[part] = stack.enter_context(storage.reading(store, name))
+        run = _runner(store, manifest, readers, checked)
+        with ThreadPoolExecutor(THREADS[store.local], "accelx-read") as pool:
+            return sum(pool.map(run, jobs))
+
+
+def _jobs(
+    store: Store,
+    manifest: Manifest,
+    wants: Iterable[Want],
+    indices: dict[int, Index],
+    checked: bool,
+) -> Iterator[_Job]:
+    near: dict[tuple[int, Box], list[tuple[int, Box]]] = {}
+    for want in wants:
+        entry = manifest.tensors[manifest.aliases.get(want.name, want.name)]
+        pieces = manifest.layouts[entry.layout]
+        key = entry.layout, want.box
+        if key not in near:  # many tensors are cut alike
+            each = ((k, overlap(p.box, want.box)) for k, p in enumerate(pieces))
+            near[key] = [(k, box) for k, box in each if box is not None]
+        for k, box in near[key]:
+            part = pieces[k].part
+            if part not in indices:
+                indices[part] = open_index(store, manifest, part, checked)
+            where = indices[part].slices.get((entry.number, k))
+            if where is None:
+                raise DamagedError(
+                    f"{store.url}/{manifest.parts[part].index} wants to list slice {k} "
+                    f"of {want.name}, and does not; take another checkpoint"
+                )
+            stored, width = pieces[k].box, entry.width
+            for block in _blocks(box, stored, width):
+                out = inside(want.out, block, want.box)
+                yield _Job(want.name, part, where, stored, block, out, width)
+
+
+def _blocks(box: Box, stored: Box, width: int) -> list[Box]:
+    """`box` in parts whose bytes in the slice, gaps included, are about BLOCK."""
+    if not box.lo:
+        return [box]
+    row = strides(stored.shape)[0] * width
+    return rows(box, BLOCK // row)
+
+
+def _runner(
+    store: Store, manifest: Manifest, readers: dict[int, Fill], checked: bool
+) -> Callable[[_Job], int]:
+    def run(job: _Job) -> int:
+        read = readers[job.part]
+        low, high = span(job.box, job.stored)
+        low, high = low * job.width, high * job.width
+        direct = (
+            contiguous(job.box, job.stored)
+            and job.out.is_contiguous()
+            and job.out.device.type == "cpu"
+        )
+        made = None if direct else torch.empty(high - low, dtype=torch.uint8)
+        out = view(job.out if made is None else made)
+        if checked:
+            count = _checked(store, manifest, job, read, low, out)
+        else:
+            read(job.where.offset + low, out)
+            count = high - low
+        if made is not None:
+            _place(job, made)
+        return count
+
+    return run
+
+
+def _place(job: _Job, made: Tensor) -> None:
+    """Copy out of a buffer that begins at the first byte of the job's box."""
+    typed = made.view(job.out.dtype)
+    steps = strides(job.stored.shape)
+    job.out.copy_(torch.as_strided(typed, job.box.shape, steps))
+
+
+def _checked(
+    store: Store, manifest: Manifest, job: _Job, read: Fill, low: int, out: memoryview
+) -> int:
+    """Fill `out` from byte `low` of the slice, chunk by chunk; bytes that were read."""
+    size, high, count = manifest.chunk, low + len(out), 0
+    for k in range(low // size, -(-high // size)):
+        start, stop = k * size, min((k + 1) * size, job.where.size)
+        offset = job.where.offset + start
+        if start >= low and stop <= high:
+            chunk = out[start - low : stop - low]
+            read(offset, chunk)
+        else:
+            chunk = memoryview(bytearray(stop - start))
+            read(offset, chunk)
+        if digest(chunk) != job.where.digests[k]:
+            file = f"{store.url}/{manifest.parts[job.part].file}"
+            raise DamagedError(damage(file, job.name, offset, offset + len(chunk)))
+        if not (start >= low and stop <= high):
+            a, b = max(start, low), min(stop, high)
+            out[a - low : b - low] = chunk[a - start : b - start]
+        count += stop - start
+    return count

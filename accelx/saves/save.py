@@ -1,0 +1,176 @@
+"""How ranks save one state: each its slices, then one the manifest, then the commit."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from accelx import comm, storage
+from accelx.errors import CheckpointError
+from accelx.match import Selector
+from accelx.records import Env
+from accelx.saves.commit import COMMIT, Commit, folder_name, write_commit
+from accelx.saves.contents import Contents, contents
+from accelx.saves.lie import here
+from accelx.saves.manifest import MANIFEST, Manifest, Part, write_manifest
+from accelx.saves.memory import flat, inside
+from accelx.saves.plan import Plan, planned
+from accelx.saves.strict import digest, dumps
+from accelx.saves.write import Slab, write_part
+from accelx.state import State
+from accelx.storage import Store
+
+Meet = Callable[[str, Any], list[Any]]  # (where, mine) -> every rank's, in rank order
+
+
+@attrs.frozen(eq=False)
+class Job:
+    """A save that is decided: what this rank writes, and where."""
+
+    env: Env
+    store: Store
+    slabs: Sequence[Slab]
+    manifest: Manifest  # without its parts
+    metrics: Mapping[str, float]
+
+
+def decide(
+    env: Env,
+    state: State,
+    url: str,
+    select: Selector | None = None,
+    metrics: Mapping[str, float] | None = None,
+    base: Callable[[Mapping[str, Tensor]], Mapping[str, Any]] = lambda left: {},
+) -> Job:
+    """The job of saving `state` under `url`. Two small collectives; nothing is written.
+
+    Raises CheckpointError on every rank if ranks hold different things.
+    """
+    placed = state.slots.get("shard_model")
+    if placed is not None:
+        placed.rest()
+    elif env.world > 1:
+        raise CheckpointError(
+            f"save_state wants a model on all {env.world} ranks, but the chain has no "
+            'shard_model, so each rank has its own; add shard_model(env, "ddp")'
+        )
+    held = contents(state, env.rank, env.world, env.device, select)
+    plan = planned(held.lies, env.world)
+    name = _agree(env, held, plan, folder_name(state.step))
+    store = storage.inside(storage.at(url), name)
+    manifest = Manifest(
+        _about(env, state),
+        (),
+        plan.layouts,
+        plan.entries,
+        held.aliases,
+        held.values,
+        base(held.left),
+    )
+    return Job(env, store, _slabs(env, plan, held), manifest, metrics or {})
+
+
+def _about(env: Env, state: State) -> dict[str, Any]:
+    return {
+        "step": state.step,
+        "skipped": state.skipped,
+        "position": state.position,
+        "world": env.world,
+        "accelx": sys.modules["accelx"].__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
+
+
+def _agree(env: Env, held: Contents, plan: Plan, name: str) -> str:
+    """Rank 0's name for the folder, once all ranks describe the same state."""
+    said = {k: digest(dumps(v)) for k, v in held.values.items()}
+    said["ties"] = digest(dumps(held.aliases))
+    cuts = [digest(repr(layout).encode()) for layout in plan.layouts]
+    for k, e in plan.entries.items():
+        said[k] = f"{e.dtype} {e.shape} {cuts[e.layout]}"
+    ranks = comm.gather_objects(env, (name, digest(dumps(said))))
+    if len({one for _, one in ranks}) > 1:
+        each = comm.gather_objects(env, said)
+        names = {k: None for one in each for k in one}
+        odd = [k for k in names if len({one.get(k) for one in each}) > 1]
+        raise CheckpointError(
+            f"a checkpoint wants the same state on each of {env.world} ranks, but they "
+            f"differ in {', '.join(odd[:5])}; make it the same (ax.broadcast), or keep "
+            "what is a rank's own out of the slots"
+        )
+    return ranks[0][0]
+
+
+def _slabs(env: Env, plan: Plan, held: Contents) -> list[Slab]:
+    slabs = list[Slab]()
+    for name, piece, box in plan.of(env.rank):
+        entry = plan.entries[name]
+        outer, local = here(held.tensors[name])
+        if held.lies[name].slices is not None and outer != box:
+            outer = box  # a row of a rank's own, or a slice of a DTensor: all of it
+        assert outer is not None
+        data = flat(inside(local, box, outer)) if local.dim() else flat(local)
+        slabs.append(Slab(name, entry.number, piece, entry.dtype, box.shape, data))
+    return slabs
+
+
+def run(job: Job, meet: Meet) -> str:
+    """Write and commit; the URL of the checkpoint. Ends alike on every rank.
+
+    `meet` is how ranks hear of each other. Raises CheckpointError on all of them if one
+    fails; nothing is committed then. Effects: files under the job's folder.
+    """
+    told = _attempt(
+        lambda: attrs.astuple(write_part(job.store, job.env.rank, job.slabs))
+    )
+    parts = _all(job, meet("written", told), "write its slices")
+    told = _attempt(lambda: _commit(job, parts)) if job.env.main else (True, None)
+    _all(job, meet("committed", told), "commit")
+    return job.store.url
+
+
+def _attempt(do: Callable[[], Any]) -> tuple[bool, Any]:
+    """(True, result) or (False, what was raised), to tell the other ranks."""
+    try:
+        return True, do()
+    except Exception as error:  # told to all ranks, each of which raises it
+        return False, f"{type(error).__name__}: {error}"
+
+
+def _all(job: Job, told: Sequence[tuple[bool, Any]], what: str) -> list[Any]:
+    for rank, (fine, result) in enumerate(told):
+        if not fine:
+            raise CheckpointError(
+                f"a checkpoint wants every rank to {what}, but rank {rank} failed at "
+                f"{job.store.url}: {result}\nNothing was committed; earlier "
+                "checkpoints are as they were. Mend the cause and save again"
+            )
+    return [result for _, result in told]
+
+
+def _commit(job: Job, parts: Sequence[Any]) -> None:
+    manifest = attrs.evolve(job.manifest, parts=tuple(Part(*one) for one in parts))
+    data = write_manifest(manifest)
+    storage.write(job.store, MANIFEST, [data], len(data))
+    about = manifest.about
+    commit = Commit(
+        about["step"],
+        about["position"],
+        time.time(),
+        job.env.world,
+        manifest.size,
+        len(manifest.tensors),
+        len(data),
+        digest(data),
+        job.metrics,
+    )
+    last = write_commit(commit)
+    storage.write(job.store, COMMIT, [last], len(last))

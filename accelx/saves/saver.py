@@ -1,0 +1,107 @@
+"""Saves that a chain makes: now or beside the training, and what is removed after."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+
+from accelx import comm, storage
+from accelx.errors import CheckpointError, CheckpointWarning
+from accelx.match import Selector
+from accelx.records import Env, Mean
+from accelx.saves.background import Background
+from accelx.saves.commit import COMMIT, found, open_manifest
+from accelx.saves.fingerprint import fingerprints
+from accelx.saves.retain import Retain
+from accelx.saves.save import Job, decide, run
+from accelx.state import State, Transient
+
+
+@attrs.define(eq=False)
+class Saver(Transient):
+    """The slot "save_state": where saves go, and the one that is under way."""
+
+    env: Env
+    url: str
+    keep: Retain | None = None
+    wait: bool = True
+    select: Selector | None = None
+    base: Mapping[str, Any] | None = None  # fingerprints of weights that are left out
+    background: Background = attrs.field(factory=Background)
+    saved: int = -1  # the position that was saved last
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Saver:
+        return self  # a fork saves to the same place
+
+    def save(self, state: State, metrics: Mapping[str, float], wait: bool) -> str:
+        """Save `state`; with `wait` it is committed on return."""
+        self.background.join()
+        check_select(state, self.select)
+        job = decide(
+            self.env, state, self.url, self.select, metrics, self._fingerprints
+        )
+        self.saved = state.position
+        if wait:
+            url = run(job, lambda _, told: comm.gather_objects(self.env, told))
+            self._retain(job)
+            return url
+        self.background.start(job, self._retain)
+        return job.store.url
+
+    def _fingerprints(self, left: Mapping[str, Any]) -> Mapping[str, Any]:
+        if self.base is None:
+            self.base = fingerprints(self.env, left) if left else {}
+        return self.base
+
+    def _retain(self, job: Job) -> None:
+        """Remove what `keep` lets go, once the new commit has been read back."""
+        if self.keep is None or not self.env.main:
+            return
+        listing = found(self.url)
+        new = next((one for one in listing if one.url == job.store.url), None)
+        if new is None or new.commit is None:
+            return  # the store lists late: the next save removes what this one may
+        open_manifest(new)
+        for one in self.keep(listing):
+            if one.name != new.name:
+                _remove(one.url)
+
+
+def _remove(url: str) -> None:
+    try:
+        storage.remove_folder(storage.at(url), first=[COMMIT])
+    except OSError as error:  # room, not correctness: the run goes on
+        warnings.warn(
+            f"the old checkpoint {url} could not be removed: {error}",
+            CheckpointWarning,
+            stacklevel=2,
+        )
+
+
+def check_select(state: State, select: Selector | None) -> None:
+    """Refuse to leave out a weight that is trained."""
+    from accelx.saves.contents import selected
+
+    lost = [n for n, p in state.trained if not selected(select, n, p)]
+    if lost:
+        raise CheckpointError(
+            f"save_state(select=...) wants to keep every weight that is trained, but "
+            f"{select!r} leaves out {', '.join(lost[:5])}; freeze them, or write "
+            'select="trainable"'
+        )
+
+
+def metrics_of(out: Any) -> dict[str, float]:
+    """The loss, and the numbers of an aux that is a dict, for `retain(best=...)`."""
+    found_: dict[str, float] = {"loss": float(out.loss)}
+    aux = out.aux if isinstance(out.aux, Mapping) else {}
+    for name, value in aux.items():
+        number = value.value if isinstance(value, Mean) else value
+        if isinstance(number, int | float) or (
+            hasattr(number, "dim") and not number.dim()
+        ):
+            found_[str(name)] = float(number)
+    return {k: v for k, v in found_.items() if v - v == 0}  # JSON has finite numbers

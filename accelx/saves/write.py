@@ -1,0 +1,90 @@
+"""How one rank's slices become a safetensors file and its index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import attrs
+from torch import Tensor
+
+from accelx import storage
+from accelx.saves.boxes import Ints
+from accelx.saves.dtypes import KINDS
+from accelx.saves.manifest import CHUNK, Index, Part, Where, write_index
+from accelx.saves.memory import chunks
+from accelx.saves.strict import digest
+from accelx.storage import Store
+
+ALIGN = 8  # bytes: what a safetensors header is padded to
+
+
+@attrs.frozen(eq=False)
+class Slab:
+    """One slice to write."""
+
+    name: str
+    tensor: int  # its number in the manifest
+    piece: int  # its number in the tensor's layout
+    dtype: str
+    shape: Ints
+    data: Tensor  # (n,) uint8
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.data.numel()
+
+
+def write_part(store: Store, number: int, slabs: Sequence[Slab]) -> Part:
+    """Write this rank's slices and their index. Durable, and checked, on return.
+
+    Digests are taken beside the writing, of the memory that is written; nothing is
+    copied, so it must not change meanwhile.
+    """
+    file, index = f"rank-{number:05d}.safetensors", f"rank-{number:05d}.json"
+    head = header(slabs)
+    size = len(head) + sum(slab.size for slab in slabs)
+    taken: list[list[Future[str]]] = [[] for _ in slabs]
+    with ThreadPoolExecutor(1, "accelx-digest") as pool:
+
+        def parts() -> Iterator[memoryview]:
+            yield memoryview(head)
+            for slab, mine in zip(slabs, taken, strict=True):
+                for chunk in chunks(slab.data, CHUNK):
+                    mine.append(pool.submit(digest, chunk))
+                    yield chunk
+
+        storage.write(store, file, parts(), size)
+        digests = [tuple(one.result() for one in mine) for mine in taken]
+    data = write_index(_index(head, slabs, digests))
+    storage.write(store, index, [data], len(data))
+    return Part(file, size, index, len(data), digest(data))
+
+
+def header(slabs: Sequence[Slab]) -> bytes:
+    """The safetensors header, length included, of slices laid end to end."""
+    fields: dict[str, object] = {"__metadata__": {"format": "accelx"}}
+    at = 0
+    for slab in slabs:
+        kind = KINDS[slab.dtype]
+        shape = [*slab.shape, *([kind.codes] if kind.codes > 1 else [])]
+        key = slab.name if slab.name not in fields else f"{slab.name}#{slab.piece}"
+        end = at + slab.size
+        fields[key] = {"dtype": kind.code, "shape": shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGN)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _index(
+    head: bytes, slabs: Sequence[Slab], digests: Sequence[tuple[str, ...]]
+) -> Index:
+    slices: dict[tuple[int, int], Where] = {}
+    at = len(head)
+    for slab, each in zip(slabs, digests, strict=True):
+        slices[slab.tensor, slab.piece] = Where(at, slab.size, each)
+        at += slab.size
+    return Index(len(head), digest(head), slices)
