@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from .passes.clip import clip as clip
     from .passes.clip_value import clip_value as clip_value
     from .passes.load_state import load_state as load_state
+    from .passes.on_preempt import on_preempt as on_preempt
     from .passes.save_state import save_state as save_state
     from .passes.shard_loader import shard_loader as shard_loader
     from .passes.shard_model import shard_model as shard_model
@@ -119,6 +120,7 @@ _NAMES = {
     "passes.clip": ("clip",),
     "passes.clip_value": ("clip_value",),
     "passes.load_state": ("load_state",),
+    "passes.on_preempt": ("on_preempt",),
     "passes.save_state": ("save_state",),
     "passes.shard_loader": ("shard_loader",),
     "passes.shard_model": ("shard_model",),

@@ -3,6 +3,7 @@
     python -m accelx.spawn -n 2 examples/gpt.py        any number of ranks
     python examples/gpt.py                             one process, the same numbers
     python -m accelx.spawn -n 2 examples/gpt.py --kind fsdp2 --accumulate 4
+    python examples/gpt.py --save runs/gpt/saved       goes on where it was stopped
 
 About a minute and a half on two CPU cores. Writes the loss curve to
 runs/gpt/loss.png.
@@ -148,6 +149,30 @@ parser.add_argument("--precision", default="fp32", help="fp32, bf16 or fp16")
 parser.add_argument("--every", type=int, default=50, help="steps between validations")
 parser.add_argument("--sample", type=int, default=300, help="bytes to write at the end")
 parser.add_argument("--out", type=Path, default=Path("runs/gpt"))
+parser.add_argument("--save", help="folder or URL to save to and to go on from")
+parser.add_argument("--until", type=int, help="step to leave at, to go on later")
+
+
+def with_curves(state, tx):
+    """A slot of our own: training and held-out losses, saved with the rest."""
+    return ax.with_slot(state, "curves", ([], []))
+
+
+def note(state, out):
+    """Write the loss down before the state is saved."""
+    state.slots["curves"][0].append((state.position, float(out.loss)))
+    return state, out
+
+
+def resumable(env, url, every):
+    """Go on from what is under `url`, save there, also when a signal says to leave."""
+    if url is None:
+        return ax.identity
+    return ax.chain(
+        ax.load_state(env, url, missing="fresh"),
+        ax.save_state(env, url, every, keep=2, wait=False),
+        ax.on_preempt(env, url),
+    )
 
 
 def main():
@@ -165,6 +190,8 @@ def main():
         ax.accumulate(args.accumulate),
         ax.clip(1.0),
         ax.with_schedule(ax.warmup_cosine(args.steps // 15, args.steps, floor=0.05)),
+        ax.transform("curves", start=with_curves, after=note),
+        resumable(env, args.save, args.every),
     )
     state = ax.init(tx, GPT, lambda m: AdamW(m.parameters(), 3e-3, (0.9, 0.95), 1e-6))
     step, judge = ax.step(tx, loss), ax.measure(tx, loss)
@@ -173,25 +200,41 @@ def main():
         means = [judge(state, batch) for batch in ax.feed(tx, exam)]
         return float(ax.reduce(env, sum(means, start=ax.Mean(0.0, 0))).value)
 
+    curve, checks = state.slots["curves"]
     if env.main:
         size = sum(p.numel() for p in state.model.parameters())
         print(f"{size:,} weights, {len(train):,} bytes of Python, {env.world} ranks")
-    curve, checks, seconds = [], [(0, validate(state))], 0.0
-    bar = tqdm(total=args.steps, disable=not env.main, unit="step", mininterval=1)
-    for batch in ax.feed(tx, loader, stop=args.steps):
+        if state.position:
+            print(f"going on at step {state.position}")
+    if not checks or checks[-1][0] != state.position:
+        checks.append((state.position, validate(state)))
+    first, seconds, stop = state.position, 0.0, args.until or args.steps
+    bar = tqdm(
+        total=args.steps,
+        initial=first,
+        disable=not env.main,
+        unit="step",
+        mininterval=1,
+    )
+    for batch in ax.feed(tx, loader, start=state, stop=stop):
         began = time.perf_counter()
         state, out = step(state, batch)
-        curve.append((state.position, float(out.loss)))
         seconds += time.perf_counter() - began
         if state.position % args.every == 0 or state.position == args.steps:
             checks.append((state.position, validate(state)))
         bar.update()
-        speed = state.position * args.batch * CONTEXT / seconds
+        speed = (state.position - first) * args.batch * CONTEXT / seconds
         bar.set_postfix_str(
             f"loss {out.loss:.3f}, held out {checks[-1][1]:.3f}, {speed:,.0f} bytes/s",
             refresh=False,
         )
     bar.close()
+    if stop < args.steps:
+        if args.save and state.step % args.every:
+            ax.save_state(env, args.save)(state)
+        if env.main:
+            print(f"left at step {state.position} of {args.steps}; run it again")
+        return
 
     with ax.evaluating(state) as model:
         text = write(model, b"    def ", args.sample, env.device)

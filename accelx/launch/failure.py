@@ -29,6 +29,7 @@ SIGNALS: dict[int, str] = {
     signal.SIGILL: "native code built for another CPU",
     signal.SIGTERM: "something else asked this rank to stop",
 }
+READINGS = {75: " (told to leave, and saved: run it again to go on)"}
 LAUNCH = str(Path(__file__).parent)
 
 
@@ -51,7 +52,8 @@ def raised(rank: int, error: BaseException) -> Failure:
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else 1
         said = error.code if isinstance(error.code, int) else repr(str(error.code))
-        return Failure(rank, now, "exit", f"sys.exit({said})", code & 0xFF)
+        summary = f"sys.exit({said}){READINGS.get(code, '')}"
+        return Failure(rank, now, "exit", summary, code & 0xFF)
     name, text = type(error).__name__, _traceback(error)
     summary = " ".join(f"{name}: {error}".split())[:300].removesuffix(": ")
     if isinstance(error, KeyboardInterrupt):

@@ -94,9 +94,39 @@ def test_the_main_job_draws_writes_and_agrees(alone, tmp_path):
     assert done.stderr.count("  0%|") == 1, "one bar, on one rank"
 
 
+def test_the_main_job_goes_on_from_what_it_saved(alone, tmp_path):
+    """Left after a step on two ranks and gone on on three: one process's losses."""
+    words = f"{GPT} --kind fsdp2 --out {tmp_path} --save {tmp_path}/saved".split()
+    runs = (2, ["--until", 1], "left at step 1"), (3, [], "going on at step 1")
+    for ranks, more, said in runs:
+        file, *rest = [EXAMPLES / words[0], *words[1:], *more]
+        done = launch("-n", ranks, file, *rest, timeout=120, OMP_NUM_THREADS="1")
+        assert done.returncode == 0, done.stderr
+        assert said in done.stdout
+    assert same(done.stdout, alone["gpt.py"]), done.stdout
+
+
+def test_a_disturbed_run_on_s3_ends_like_an_undisturbed_one(tmp_path):
+    """resume.py: SIGTERM in training and in evaluation, on 2, 3 and 1 ranks."""
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "resume.py", "--out", tmp_path],
+        capture_output=True,
+        text=True,
+        env=environment(OMP_NUM_THREADS="1"),
+        timeout=150,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "exit codes [75, 75, 0]" in done.stdout
+    gap = re.search(r"difference from the undisturbed run: ([\d.]+)", done.stdout)
+    assert float(gap[1]) <= 2e-4
+    written = re.search(r"written by the disturbed runs: (\d+)", done.stdout)
+    assert int(written[1]) >= 58, "a run that did nothing differs in nothing"
+
+
 def test_each_example_is_run_here():
     """No example is left out."""
     run = {command.split()[0] for command in (*LIGHT, GPT, TRANSFORMERS)}
+    run.add("resume.py")
     assert run == {path.name for path in EXAMPLES.glob("*.py")}
 
 
