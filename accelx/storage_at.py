@@ -131,7 +131,8 @@ def printable(url: str) -> str:
 
 def scrubbed(text: str, fs: Any = None) -> str:
     """`text` without the credentials of URLs in it, and without those of `fs`."""
-    for secret in sorted(_secrets(getattr(fs, "storage_options", {})), key=len):
+    secrets = _secrets(getattr(fs, "storage_options", {}))
+    for secret in sorted(secrets, key=len, reverse=True):  # one may begin another
         text = text.replace(secret, "***")
     text = re.sub(r"://[^\s/'\"]*@", "://", text)
     return re.sub(r"(://[^\s?'\"]*)\?[^\s'\"]*", r"\1?...", text)

@@ -33,10 +33,11 @@ def views(url: str, parts: Iterable[Buffer], size: int) -> Iterator[memoryview]:
 
 def blocks(
     url: str, parts: Iterable[Buffer], size: int, length: int
-) -> Generator[io.BytesIO]:
+) -> Generator[bytes]:
     """The bytes as blocks of `length`, the last one shorter; one empty block for none.
 
-    Each is copied, since a part is valid only until the next, and stands at its start.
+    Each is a copy, since a part is valid only until the next, and the only one:
+    `getvalue` hands out what the buffer holds.
     """
     block = io.BytesIO()
     for part in views(url, parts, size):
@@ -46,9 +47,7 @@ def blocks(
             block.write(view[:room])
             view = view[room:]
             if block.tell() == length:
-                block.seek(0)
-                yield block
+                yield block.getvalue()
                 block = io.BytesIO()
     if block.tell() or not size:
-        block.seek(0)
-        yield block
+        yield block.getvalue()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -45,7 +44,7 @@ def write(store: Store, name: str, parts: Iterable[Buffer], size: int) -> None:
         )
 
 
-def _put(store: Store, name: str, block: io.BytesIO) -> None:
+def _put(store: Store, name: str, block: bytes) -> None:
     fs = filesystem(store)
     gcs = {"gs", "gcs"} & set(protocols(fs))
     digest = {"consistency": "md5"} if gcs else {}
@@ -55,7 +54,7 @@ def _put(store: Store, name: str, block: io.BytesIO) -> None:
             store,
             name,
             "write",
-            lambda: fs.pipe_file(path, block.getvalue(), **digest),
+            lambda: fs.pipe_file(path, block, **digest),
         )
     except BaseException as error:
         _discard(store, name, error)
@@ -79,7 +78,7 @@ def _stream(store: Store, name: str, parts: Iterable[Buffer], size: int) -> None
 class _Push:
     """Give a block to a file; again, send only what the file has kept of it."""
 
-    def __init__(self, file: Any, block: io.BytesIO) -> None:
+    def __init__(self, file: Any, block: bytes) -> None:
         self.file = file
         self.block = block
         self.given = False
@@ -91,8 +90,7 @@ class _Push:
             self.file.flush()
             return
         self.given = True
-        with self.block.getbuffer() as view:
-            self.file.write(view)
+        self.file.write(self.block)
 
 
 def _drop(store: Store, name: str, file: Any, why: BaseException) -> None:

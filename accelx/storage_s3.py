@@ -51,7 +51,7 @@ def upload(store: Store, name: str, parts: Iterable[Buffer], size: int) -> None:
     attempt(store, name, "write", put)
 
 
-def _multipart(store: Store, name: str, cut: Iterable[io.BytesIO], size: int) -> None:
+def _multipart(store: Store, name: str, cut: Iterable[bytes], size: int) -> None:
     def begin() -> str:
         crc = {"ChecksumAlgorithm": "CRC32"} if _has_crc(filesystem(store)) else {}
         return _call(store, name, "create_multipart_upload", **crc)["UploadId"]
@@ -66,7 +66,7 @@ def _multipart(store: Store, name: str, cut: Iterable[io.BytesIO], size: int) ->
 
 
 def _send_all(
-    store: Store, name: str, upload_id: str, cut: Iterable[io.BytesIO], width: int
+    store: Store, name: str, upload_id: str, cut: Iterable[bytes], width: int
 ) -> list[dict[str, Any]]:
     """Send the blocks; `width` of them are in memory, the one being filled included."""
     flying: deque[Future[dict[str, Any]]] = deque()
@@ -84,7 +84,7 @@ def _send_all(
 
 
 def _send(
-    store: Store, name: str, upload_id: str, number: int, block: io.BytesIO
+    store: Store, name: str, upload_id: str, number: int, block: bytes
 ) -> dict[str, Any]:
     def send() -> dict[str, Any]:
         digest = _digest(filesystem(store), block)
@@ -100,32 +100,33 @@ def _send(
 def _finish(
     store: Store, name: str, upload_id: str, sent: list[dict[str, Any]]
 ) -> None:
-    try:
-        _call(
-            store,
-            name,
-            "complete_multipart_upload",
-            UploadId=upload_id,
-            MultipartUpload={"Parts": sent},
-        )
-    except Exception as error:
-        # The answer to an attempt before may have been lost: then the upload is gone,
-        # since it is an object now. Whether it is, the caller looks in any case.
-        if code_of(error) != "NoSuchUpload":
-            raise
+    """Make one object of the parts."""
+    parts = {"UploadId": upload_id, "MultipartUpload": {"Parts": sent}}
+    _end(store, name, "complete_multipart_upload", **parts)
 
 
 def _abort(store: Store, name: str, upload_id: str, why: BaseException) -> None:
     """Let the store forget the parts, which are paid for until then."""
+
+    def abort() -> None:
+        _end(store, name, "abort_multipart_upload", UploadId=upload_id)
+
     try:
-        attempt(
-            store,
-            name,
-            "abort writing",
-            lambda: _call(store, name, "abort_multipart_upload", UploadId=upload_id),
-        )
+        attempt(store, name, "abort writing", abort)
     except OSError as error:
         why.add_note(f"The parts that were sent are still stored: {error}")
+
+
+def _end(store: Store, name: str, method: str, **kwargs: Any) -> None:
+    """End an upload, which may have ended before, where that answer was lost.
+
+    Whether there is an object then, the caller looks in any case.
+    """
+    try:
+        _call(store, name, method, **kwargs)
+    except Exception as error:
+        if code_of(error) != "NoSuchUpload":
+            raise
 
 
 def _has_crc(fs: Any) -> bool:
@@ -134,18 +135,17 @@ def _has_crc(fs: Any) -> bool:
     return setting == "when_supported"
 
 
-def _digest(fs: Any, block: io.BytesIO) -> dict[str, str]:
-    """The argument that lets the store check what comes."""
-    with block.getbuffer() as view:
-        if _has_crc(fs):
-            crc = zlib.crc32(view).to_bytes(4, "big")
-            return {"ChecksumCRC32": base64.b64encode(crc).decode()}
-        md5 = hashlib.md5(view, usedforsecurity=False).digest()
-        return {"ContentMD5": base64.b64encode(md5).decode()}
+def _digest(fs: Any, block: bytes) -> dict[str, str]:
+    """The arguments that let the store check what comes."""
+    if _has_crc(fs):
+        crc = base64.b64encode(zlib.crc32(block).to_bytes(4, "big"))
+        return {"ChecksumAlgorithm": "CRC32", "ChecksumCRC32": crc.decode()}
+    md5 = hashlib.md5(block, usedforsecurity=False).digest()
+    return {"ContentMD5": base64.b64encode(md5).decode()}
 
 
 def _compare(
-    what: str, reply: dict[str, Any], block: io.BytesIO, digest: dict[str, str]
+    what: str, reply: dict[str, Any], block: bytes, digest: dict[str, str]
 ) -> None:
     """Refuse a reply that tells of other bytes than those of `block`."""
     sent = digest.get("ChecksumCRC32")
@@ -154,8 +154,7 @@ def _compare(
         came = reply.get("ETag", "").strip('"')
         if reply.get("ServerSideEncryption") or not PLAIN_ETAG.fullmatch(came):
             return  # such an ETag is no MD5
-        with block.getbuffer() as view:
-            sent = hashlib.md5(view, usedforsecurity=False).hexdigest()
+        sent = hashlib.md5(block, usedforsecurity=False).hexdigest()
     if sent != came:
         raise PassingError(
             f"{what} wants the checksum {sent}, but the store has {came}; "
@@ -166,14 +165,16 @@ def _compare(
 def _call(store: Store, name: str, method: str, **kwargs: Any) -> dict[str, Any]:
     """One request through the client of s3fs.
 
-    Not through `call_s3`, which calls again with a Body that was read in part.
+    Not through `call_s3`, which calls again with a Body that was read in part. The body
+    is a stream, as aiohttp wants it, which shares the memory of the bytes; one for each
+    attempt, since the one before may still be read from.
     """
     from fsspec.asyn import sync
 
     fs = filesystem(store)
     bucket, key, _ = fs.split_path(path_of(store, name))
     if "Body" in kwargs:
-        kwargs["Body"].seek(0)
+        kwargs["Body"] = io.BytesIO(kwargs["Body"])
 
     async def request() -> dict[str, Any]:
         await fs.set_session()

@@ -26,6 +26,8 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of each variant in each round; `meet` lines ranks up before each."""
     for run in variants.values():
+        if meet:
+            meet()
         run()  # warm
     times: dict[str, list[float]] = {name: [] for name in variants}
     for i in range(rounds):
