@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from .passes.clip import clip as clip
     from .passes.clip_value import clip_value as clip_value
     from .passes.load_state import load_state as load_state
+    from .passes.load_weights import load_weights as load_weights
     from .passes.on_preempt import on_preempt as on_preempt
     from .passes.save_state import save_state as save_state
     from .passes.shard_loader import shard_loader as shard_loader
@@ -78,7 +79,10 @@ if TYPE_CHECKING:
         step as step,
     )
     from .saves.commit import latest as latest
+    from .saves.convert import import_state as import_state
+    from .saves.export import export as export
     from .saves.retain import retain as retain
+    from .saves.stream import stream_weights as stream_weights
     from .schedules import (
         warmup_cosine as warmup_cosine,
         warmup_linear as warmup_linear,
@@ -120,6 +124,7 @@ _NAMES = {
     "passes.clip": ("clip",),
     "passes.clip_value": ("clip_value",),
     "passes.load_state": ("load_state",),
+    "passes.load_weights": ("load_weights",),
     "passes.on_preempt": ("on_preempt",),
     "passes.save_state": ("save_state",),
     "passes.shard_loader": ("shard_loader",),
@@ -131,7 +136,10 @@ _NAMES = {
         "step",
     ),
     "saves.commit": ("latest",),
+    "saves.convert": ("import_state",),
+    "saves.export": ("export",),
     "saves.retain": ("retain",),
+    "saves.stream": ("stream_weights",),
     "spawn": ("spawn",),
     "testing": ("testing",),
 }

@@ -46,20 +46,30 @@ def clamp_(tensors: list[Tensor], limit: float) -> None:
     torch._foreach_clamp_max_(tensors, limit)
 
 
-def ddp(model: nn.Module, find_unused: bool) -> Any:
-    """A DistributedDataParallel over `model` that leaves buffers alone in forward."""
+def ddp(model: nn.Module, find_unused: bool, left: set[str]) -> Any:
+    """A DistributedDataParallel over `model` that leaves buffers alone in forward.
+
+    It does not touch the weights and buffers called `left`.
+    """
     from torch.nn.parallel import DistributedDataParallel
 
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     # 2.13 renamed the option and warns about its old name
     new = "forward_sync_buffers" in known
     buffers = {"forward_sync_buffers" if new else "broadcast_buffers": False}
-    return DistributedDataParallel(
-        model,
-        find_unused_parameters=find_unused,
-        gradient_as_bucket_view=True,
-        **buffers,  # type: ignore[reportArgumentType]
-    )
+    told, held = "_ddp_params_and_buffers_to_ignore", vars(model)
+    own: Any = held.get(told)
+    held[told] = {*(own or ()), *left}  # the one way to say it
+    try:
+        return DistributedDataParallel(
+            model,
+            find_unused_parameters=find_unused,
+            gradient_as_bucket_view=True,
+            **buffers,  # type: ignore[reportArgumentType]
+        )
+    finally:
+        del held[told]
+        held |= {} if own is None else {told: own}
 
 
 def ddp_before(ddp: Any, args: Any, kwargs: Any) -> Any:

@@ -13,7 +13,8 @@ from torch import nn
 
 from accelx import gradients, tree
 from accelx.cut import rows_in
-from accelx.engines.placed import claim, engine_of, seal
+from accelx.engines.copies import furnished
+from accelx.engines.placed import engine_of, seal
 from accelx.errors import DataError
 from accelx.loader import Loader, as_loader, batches
 from accelx.optimizers import make
@@ -54,7 +55,7 @@ def init(
     for one in tx:
         if one.place is not None:
             state = one.place(state, tx)
-    state = _placed(state)
+    state = _placed(state, tx)
     state = attrs.evolve(
         state,
         optimizers=make(optim, state.model),
@@ -70,14 +71,11 @@ def init(
     return state
 
 
-def _placed(state: State) -> State:
+def _placed(state: State, tx: Transform) -> State:
     """The state with a module in it also where no pass placed one."""
     if "shard_model" in state.slots:
         return state
-    model = state.model
-    if not isinstance(model, nn.Module):
-        model = model()
-    claim(model, gradients.env_of(state))
+    model = furnished(state.model, tx)
     seal(model)
     return attrs.evolve(state, model=model)
 

@@ -11,8 +11,9 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from accelx.engines.placed import Placed, blueprint
+from accelx.engines.placed import Placed, blueprint, claim, promises
 from accelx.errors import PlacementError
+from accelx.records import Env, Transform
 from accelx.state import duplicated, frozen_in, trainable
 
 if TYPE_CHECKING:
@@ -24,12 +25,15 @@ Again = Callable[[Placed, nn.Module, nn.Module], Placed]  # old, blank copy, sou
 
 
 def from_main(tensor: Tensor, device: str) -> None:
-    """Overwrite `tensor` with rank 0's, in place; it travels by way of `device`."""
+    """Overwrite `tensor` with rank 0's, in place; it travels by way of `device`.
+
+    As bytes: backends do not know every dtype.
+    """
     import torch.distributed as dist
 
     if tensor.numel():
-        there = tensor.detach().to(device).contiguous()
-        dist.broadcast(there, src=0)
+        there = tensor.detach().resolve_conj().resolve_neg().to(device).contiguous()
+        dist.broadcast(there.view(-1).view(torch.uint8), src=0)
         tensor.detach().copy_(there)
 
 
@@ -77,15 +81,36 @@ def fill(model: nn.Module, source: nn.Module) -> None:
 
 def empty(model: nn.Module) -> None:
     """Put every weight and buffer of `model` on the meta device, ties kept."""
+    _unset(model, "meta", lambda tensor: True)
+
+
+def furnish(model: nn.Module, device: str) -> None:
+    """Give what is on the meta device memory on `device`, not yet set; ties kept."""
+    _unset(model, device, lambda tensor: tensor.is_meta)
+
+
+def furnished(thing: Any, tx: Transform) -> nn.Module:
+    """A module, or what a function makes, in this process, where no pass places it."""
+    model = thing if isinstance(thing, nn.Module) else thing()
+    claim(model, Env(), promises(tx, "load_weights", "load_state"))
+    furnish(model, Env().device)
+    return model
+
+
+def _unset(model: nn.Module, device: str, which: Callable[[Tensor], bool]) -> None:
     ours: dict[int, Any] = {}
     for name, theirs in tensors(model):
-        if id(theirs) not in ours:
-            data = torch.empty_like(theirs, device="meta")
-            weight = isinstance(theirs, nn.Parameter)
-            ours[id(theirs)] = (
-                nn.Parameter(data, theirs.requires_grad) if weight else data
-            )
-        put(model, name, ours[id(theirs)])
+        if which(theirs):
+            if id(theirs) not in ours:
+                ours[id(theirs)] = unset(theirs, device)
+            put(model, name, ours[id(theirs)])
+
+
+def unset(like: Tensor, device: str) -> Tensor:
+    """A weight or buffer like `like` in memory on `device` that nothing has set."""
+    data = torch.empty_like(like, device=device, requires_grad=False)
+    weight = isinstance(like, nn.Parameter)
+    return nn.Parameter(data, like.requires_grad) if weight else data
 
 
 def tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

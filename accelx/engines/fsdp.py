@@ -21,24 +21,33 @@ if TYPE_CHECKING:
 
 
 def place(model: nn.Module, plan: Plan) -> Placed:
-    """Shard a module that every rank holds; rank 0's numbers count."""
+    """Shard a module that every rank holds; rank 0's numbers count.
+
+    What is on the meta device gets memory for this rank's slices alone, not yet set.
+    """
     dtypes.cast(model, plan.precision)
     blank = copies.try_blueprint(model)
     for tensor in (*model.parameters(), *model.buffers()):
-        copies.from_main(tensor, plan.env.device)
+        if not tensor.is_meta:
+            copies.from_main(tensor, plan.env.device)
     for _, buffer in model.named_buffers():
-        buffer.data = buffer.data.to(plan.env.device)
-    return _sharded(model, plan, blank)
+        if not buffer.is_meta:
+            buffer.data = buffer.data.to(plan.env.device)
+    result = _sharded(model, plan, blank)
+    copies.furnish(model, plan.env.device)
+    return result
 
 
 def place_deferred(factory: Callable[[], nn.Module], plan: Plan) -> Placed:
     """Shard a model while it is made: no rank ever holds it whole.
 
-    The numbers are those of calling `factory` on rank 0. Peak memory is this rank's
-    slices, `deferred.BUDGET` and the largest weight.
+    The numbers are those of calling `factory` on rank 0; those that a later pass
+    overwrites are neither made nor sent. Peak memory is this rank's slices,
+    `deferred.BUDGET` and the largest weight.
     """
     model, recorder = deferred.build(factory)
-    placed.claim(model, plan.env)
+    placed.claim(model, plan.env, plan.fills)
+    blank = placed.filled(model, plan.blank)
     sources = copies.tensors(model)
     copies.empty(model)
     dtypes.cast(model, plan.precision)
@@ -46,7 +55,11 @@ def place_deferred(factory: Callable[[], nn.Module], plan: Plan) -> Placed:
     made: dict[int, Any] = {}
     for name, source in sources:
         if id(source) not in made:
-            made[id(source)] = _made(model, name, source, recorder, plan)
+            if source.is_meta or id(source) in blank:
+                like = copies.get(model, name)
+                made[id(source)] = copies.unset(like, plan.env.device)
+            else:
+                made[id(source)] = _made(model, name, source, recorder, plan)
         copies.put(model, name, made[id(source)])
     return result
 

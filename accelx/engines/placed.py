@@ -14,11 +14,19 @@ from torch import Tensor, nn
 from accelx.engines import plain
 from accelx.errors import NeutralityWarning, PlacementError, UnusedParameterError
 from accelx.match import Selector
-from accelx.records import Engine, Env, Precision
+from accelx.records import Engine, Env, Precision, Transform
 from accelx.state import Transient
 
 if TYPE_CHECKING:
     from accelx.state import State
+
+
+Fills = Callable[[str], bool]  # whether a weight, by name, is filled by a later pass
+
+
+def nothing(name: str) -> bool:
+    """The Fills of a chain that loads nothing."""
+    return False
 
 
 @attrs.frozen
@@ -30,6 +38,8 @@ class Plan:
     unused: str  # "error" or "allow"
     precision: Precision | None
     alone: bool = False  # for a loop of the user's own, without a State
+    fills: Fills = nothing  # what may be on the meta device
+    blank: Fills = nothing  # what is overwritten unseen: its numbers need not be made
 
 
 @attrs.frozen(eq=False)
@@ -56,20 +66,41 @@ def engine_of(state: State) -> Engine:
     return plain.ENGINE if placed is None else placed.engine
 
 
-def claim(model: nn.Module, env: Env) -> None:
-    """Refuse a module that is placed already, or whose weights are nowhere."""
+def promises(tx: Transform, *names: str) -> Fills:
+    """Which weights the passes of those names give numbers, or raise."""
+    specs = [spec for spec in map(tx.find, names) if spec is not None]
+    return lambda name: any(spec.fills(name) for spec in specs)
+
+
+def filled(model: nn.Module, fills: Fills) -> set[int]:
+    """ids of the weights and persistent buffers that `fills` takes by any name."""
+    named = model.state_dict(keep_vars=True)
+    return {id(tensor) for name, tensor in named.items() if fills(name)}
+
+
+def claim(model: nn.Module, env: Env, fills: Fills = nothing) -> None:
+    """Refuse a module that is placed already, or whose weights are nowhere.
+
+    What a later pass `fills` may be on the meta device.
+    """
     if model.__dict__.get("_accelx_placed") == id(model):
         raise PlacementError(
             f"this {type(model).__name__} has been placed already, and placing changes "
             "it in place; make a new module, or copy a state with ax.fork(state)"
         )
-    devices = {p.device for p in model.parameters()}
-    if torch.device("meta") in devices:
+    named = [*model.named_parameters(), *model.named_buffers()]
+    hollow = {name: t for name, t in named if t.device.type == "meta"}
+    known = filled(model, fills) if hollow else set[int]()
+    lost = [name for name, tensor in hollow.items() if id(tensor) not in known]
+    if lost:
+        shown = ", ".join(lost[:8]) + (f" and {len(lost) - 8} more" if lost[8:] else "")
         raise PlacementError(
-            f"the weights of this {type(model).__name__} are on the meta device, so "
-            "there are no numbers to place; give the function that makes it: "
-            f"lambda: {type(model).__name__}(...)"
+            f"{shown} of this {type(model).__name__} are on the meta device, and "
+            "nothing in the chain gives them numbers: load_weights(url) and "
+            "load_state(env, url) do it for weights and persistent buffers; give the "
+            f"function that makes the model: lambda: {type(model).__name__}(...)"
         )
+    devices = {p.device for p in model.parameters()} - {torch.device("meta")}
     wrong = sorted(str(d) for d in devices if d.type != "cpu" and str(d) != env.device)
     if wrong:
         raise PlacementError(

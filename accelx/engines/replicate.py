@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from accelx.state import State
 
 
+SENT = {  # dtypes that DDP can send over any backend when it is made
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64),
+}
+
+
 @attrs.define(eq=False)
 class Seen:
     """The DDP of a model, and whether the model was called since the last step."""
@@ -81,7 +87,10 @@ def hooked(result: Placed, blank: Any, alone: bool) -> Placed:
         return attrs.evolve(result, engine=plain.ENGINE)
     leaf = _leaf(result, alone)
     whole = model if leaf is None else _Carrying(model, leaf)
-    ddp = _torch.ddp(whole, find_unused=result.unused == "allow")
+    odd = [(n, t) for n, t in copies.tensors(whole) if t.dtype not in SENT]
+    for _, tensor in odd:
+        copies.from_main(tensor, result.env.device)
+    ddp = _torch.ddp(whole, result.unused == "allow", {name for name, _ in odd})
     seen = Seen(ddp, leaf)
     result = attrs.evolve(result, handle=seen, fork=copies.forker(blank, _again))
 

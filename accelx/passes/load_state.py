@@ -26,6 +26,12 @@ class LoadState:
     def __repr__(self) -> str:
         return code("load_state", self)
 
+    def fills(self, name: str) -> bool:
+        """Whether the weight `name` gets its numbers here, or an error is raised."""
+        from accelx.saves.load import takes
+
+        return self.missing == "error" and takes(self.only, f"model.{name}")
+
 
 def load_state(
     env: Env,
@@ -59,7 +65,8 @@ def load_state(
     check_env("load_state", env)
     _choice("missing", missing, ("error", "fresh"))
     _choice("verify", verify, ("touched", "full", "off"))
-    spec = LoadState(env, str(url), missing, rename, only, verify, fallback)
+    kept = tuple(only) if isinstance(only, list) else only
+    spec = LoadState(env, str(url), missing, rename, kept, verify, fallback)
 
     def restore(state: Any, tx: Transform) -> Any:
         return _restored(spec, state)
@@ -72,8 +79,7 @@ def load_state(
 def _restored(spec: LoadState, state: Any) -> Any:
     from accelx.saves.choose import Wish, restored
 
-    only = tuple(spec.only) if isinstance(spec.only, list) else spec.only
-    wish = Wish(spec.missing, spec.rename, only, spec.verify, spec.fallback)
+    wish = Wish(spec.missing, spec.rename, spec.only, spec.verify, spec.fallback)
     return restored(spec.env, state, spec.url, wish)
 
 

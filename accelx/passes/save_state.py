@@ -85,9 +85,11 @@ def _numbers(**given: Any) -> None:
 
 
 def _open(spec: SaveState, state: Any) -> Any:
+    from accelx.saves.saver import check_select
     from accelx.state import with_slot
 
     _due(spec)
+    check_select(state, spec.select)
     return with_slot(state, "save_state", _saver(spec))
 
 

@@ -11,6 +11,7 @@ import attrs
 from accelx.errors import CollectiveError, PlacementError
 from accelx.match import Selector
 from accelx.records import Env, Pass, Precision, Rules, Transform, check_env, code
+from accelx.transform import identity
 
 KINDS = ("ddp", "fsdp2")
 
@@ -69,7 +70,7 @@ def shard_model(
     def place(state: Any, tx: Transform) -> Any:
         from accelx.state import with_slot
 
-        placed = placing(state.model, spec, tx.find("with_precision"), alone=False)
+        placed = placing(state.model, spec, tx, alone=False)
         state = attrs.evolve(state, model=placed.model)
         return with_slot(state, "shard_model", placed)
 
@@ -79,7 +80,7 @@ def shard_model(
                 "shard_model",
                 spec,
                 place=place,
-                alone=lambda model: placing(model, spec, None, alone=True).model,
+                alone=lambda model: placing(model, spec, identity, alone=True).model,
                 rules=Rules(once=True, why="a model is placed once, by one engine"),
                 neutral=True,
             ),
@@ -100,16 +101,20 @@ def _single(blocks: object) -> bool:
     return isinstance(blocks, str | type) or callable(blocks)
 
 
-def placing(thing: Any, spec: ShardModel, precise: Any, alone: bool) -> Any:
+def placing(thing: Any, spec: ShardModel, tx: Transform, alone: bool) -> Any:
     """Place a module, or what a function makes: the Placed record."""
     from torch import nn
 
-    from accelx.engines import fsdp, placed
+    from accelx.engines import copies, fsdp, placed
     from accelx.match import select
 
     _ready(spec.env)
+    precise = tx.find("with_precision")
     wanted: Precision | None = None if precise is None else precise.precision
-    plan = placed.Plan(spec.env, spec.blocks, spec.unused, wanted, alone)
+    fills = placed.promises(tx, "load_weights", "load_state")
+    # not load_state: a checkpoint may be of some weights on top of others, as they were
+    blank = placed.promises(tx, "load_weights")
+    plan = placed.Plan(spec.env, spec.blocks, spec.unused, wanted, alone, fills, blank)
     whole = spec.env.world == 1 or spec.kind != "fsdp2"
     if isinstance(thing, nn.Module):
         model = thing
@@ -124,8 +129,10 @@ def placing(thing: Any, spec: ShardModel, precise: Any, alone: bool) -> Any:
         result = fsdp.place_deferred(lambda: _module(thing), plan)
         placed.seal(result.model)
         return result
-    placed.claim(model, spec.env)
+    placed.claim(model, spec.env, fills)
     select(model, spec.blocks)  # a selector that takes nothing is wrong in every kind
+    if whole:
+        copies.furnish(model, spec.env.device)
     result = _placer(spec)(model, plan)
     placed.seal(result.model)
     return result

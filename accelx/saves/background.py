@@ -38,7 +38,7 @@ class Background:
     def start(self, job: Job, after: Callable[[Job], None]) -> None:
         """Copy what `job` writes, then write it in a thread. Returns after the copy."""
         if not self.watched:
-            atexit.register(self._at_exit)
+            _before_threads_end(self._at_exit)
             self.watched = True
         job = attrs.evolve(job, slabs=self._snapshot(job))
 
@@ -92,6 +92,15 @@ class Background:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(FAILED)
+
+
+def _before_threads_end(do: Callable[[], None]) -> None:
+    """Call `do` when the program ends, while thread pools still take work.
+
+    They close first, and a store may want one; atexit alone comes after that.
+    """
+    register: Any = getattr(threading, "_register_atexit", atexit.register)
+    register(do)
 
 
 def _meeting(job: Job) -> Callable[[str, Any], list[Any]]:

@@ -175,6 +175,26 @@ def base(raw: Any, what: str) -> tuple[str, Ints, str]:
     return dtype, extent(shape, dtype, what), hex_digest(fingerprint, what)
 
 
+def about(raw: Mapping[str, Any], what: str) -> None:
+    """Where the run stood, and on how many ranks."""
+    for name in ("step", "skipped", "position", "world"):
+        whole_number(raw.get(name), what)
+    if not raw["world"]:
+        raise damaged(what, "a run on no rank")
+
+
+def values(raw: Mapping[str, Any], what: str) -> None:
+    """The counters. What else is there is looked at by who decodes it."""
+    for name in ("step", "skipped"):
+        whole_number(raw.get(name), what)
+
+
+def room(file: str, size: int, held: int, what: str) -> None:
+    """Refuse slices that are larger than their file: memory is made by their shapes."""
+    if held > size:
+        raise damaged(what, f"slices of {held} bytes in {file}, which has {size}")
+
+
 def chunk(raw: int, what: str) -> int:
     """Bytes under one digest: enough to be few, not more than memory holds."""
     if not 1 << 10 <= raw <= 1 << 30:

@@ -94,9 +94,13 @@ def _offered(env: Env, url: str) -> tuple[list[Found], list[Found]]:
     if env.main:
         try:
             said = _listed(url), None
+        except DamagedError as error:
+            said = None, error
         except Exception as error:  # told to all ranks, each of which raises it
             said = None, f"{type(error).__name__}: {error}"
     listing, error = comm.gather_objects(env, said)[0]
+    if isinstance(error, DamagedError):  # the one checkpoint that was named
+        raise DamagedError(str(error))
     if error is not None:
         raise CheckpointError(
             f"load_state wants to list {storage.at(url).url}, but: {error}; mend the "
@@ -120,10 +124,19 @@ def _tried(
     env: Env, state: State, one: Found, wish: Wish
 ) -> tuple[Callable[[], State] | None, tuple[bool, str]]:
     """What installs a checkpoint that was read, or whether it is damaged, and how."""
-    install, told = None, None
+    opened, failure = _together(env, lambda: _opened(env, one))
+    if opened is None:
+        return None, failure
+    store, manifest = opened
+    rest = wish.rename, wish.only, wish.verify
+    return _together(env, lambda: load(env, state, store, manifest, *rest))
+
+
+def _together(env: Env, do: Callable[[], Any]) -> tuple[Any, tuple[bool, str]]:
+    """What `do` gives, if it does on all ranks; or whether it was damage, and how."""
+    result, told = None, None
     try:
-        store, manifest = _opened(env, one)
-        install = load(env, state, store, manifest, wish.rename, wish.only, wish.verify)
+        result = do()
     except Exception as error:  # told to all ranks, each of which raises it
         damaged = isinstance(error, DamagedError | OSError)
         told = damaged, str(error) or type(error).__name__
@@ -132,7 +145,7 @@ def _tried(
     ranks = comm.gather_objects(env, told)
     failed = [(r, t) for r, t in enumerate(ranks) if t is not None]
     if not failed:
-        return install, (False, "")
+        return result, (False, "")
     rank, (damaged, text) = failed[0]
     return None, (damaged, text if env.world == 1 else f"rank {rank}: {text}")
 

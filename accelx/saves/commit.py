@@ -72,12 +72,16 @@ def read_commit(data: bytes, what: str) -> Commit:
     """The commit that `data` holds. Raises DamagedError."""
     raw = loads(data, what)
     check.record(raw, what, {"accelx": int, "check": str, "metrics": dict})
+    written = dumps(raw)
     own = raw.pop("check")
-    if own != digest(dumps(raw)):
+    if written != data or own != digest(dumps(raw)):
         raise check.damaged(what, "a commit with another digest than its own")
     check.version(raw.pop("accelx"), VERSION, what)
     for name in ("step", "position", "world", "size", "tensors", "manifest_size"):
         check.whole_number(raw.get(name), what)
+    for number in (raw.get("time"), *raw["metrics"].values()):
+        if type(number) not in (int, float):
+            raise check.damaged(what, f"the number {str(number)[:40]}")
     check.hex_digest(raw.get("manifest_digest"), what)
     try:
         return Commit(**raw)
@@ -92,11 +96,12 @@ def found(url: str) -> list[Found]:
     """
     store = storage.at(url)
     names = sorted(n for n in storage.sizes(store) if step_of(n) is not None)
-    each = [_look(storage.inside(store, name), name) for name in names]
+    each = [look(storage.inside(store, name), name) for name in names]
     return sorted(each, key=lambda f: (f.step, f.commit.time if f.commit else 0.0))
 
 
-def _look(store: Store, name: str) -> Found:
+def look(store: Store, name: str) -> Found:
+    """The checkpoint in the folder `store`, by its commit alone."""
     step = step_of(name) or 0
     try:
         commit = read_commit(
@@ -118,14 +123,14 @@ def latest(url: str) -> Found | None:
     """
     skipped = list[Found]()
     for one in reversed(found(url)):
-        why = one.why or _lacks(one)
+        why = one.why or lacks(one)
         if not why:
             return attrs.evolve(one, skipped=tuple(skipped))
         skipped.append(attrs.evolve(one, why=why))
     return None
 
 
-def _lacks(one: Found) -> str:
+def lacks(one: Found) -> str:
     """Why a committed folder is not whole; empty where it is."""
     try:
         store, manifest = open_manifest(one)
@@ -174,7 +179,7 @@ def resolve(url: str) -> Found:
     clean = url.rstrip("/")
     name, store = clean.rpartition("/")[2], storage.at(clean)
     if step_of(name) is not None or COMMIT in storage.sizes(store):
-        one = _look(store, name)
+        one = look(store, name)
         if one.commit is None:
             raise DamagedError(
                 f"{one.url} wants to be a whole checkpoint, but {one.why}; take "

@@ -12,6 +12,7 @@ from accelx.errors import CheckpointError
 from accelx.match import Selector, fits
 from accelx.saves import optim
 from accelx.saves.boxes import Box
+from accelx.saves.check import LONG
 from accelx.saves.lie import Lie, Slice, lie
 from accelx.saves.streams import SIZE, now
 from accelx.saves.typed import encode
@@ -29,6 +30,7 @@ class Contents:
     aliases: Mapping[str, str]
     lies: Mapping[str, Lie]
     left: Mapping[str, Tensor]  # weights that `select` leaves out
+    own: frozenset[str] = frozenset()  # buffers and slots: what a user may write into
 
 
 def contents(
@@ -40,6 +42,7 @@ def contents(
     keep = _keeper(tensors)
     held, aliases, extra = model_tensors(state.model)
     left = {n: t for n, t in held.items() if not selected(select, n, t)}
+    left |= {a: held[b] for a, b in aliases.items() if b in left}
     for name, tensor in held.items():
         if name not in left:
             keep(f"model.{name}", tensor)
@@ -57,7 +60,9 @@ def contents(
     rows = tuple(Slice(Box((r, 0), (r + 1, SIZE)), (r,)) for r in range(world))
     lies[RANDOM] = Lie("uint8", (world, SIZE), rows)
     tied = {f"model.{a}": f"model.{b}" for a, b in aliases.items() if b not in left}
-    return Contents(tensors, values, tied, lies, left)
+    weights = {f"model.{n}" for n, t in held.items() if isinstance(t, nn.Parameter)}
+    own = {n for n in tensors if n not in weights and not n.startswith("optim.")}
+    return Contents(tensors, values, tied, lies, left, frozenset(own - {RANDOM}))
 
 
 def _keeper(tensors: dict[str, Tensor]) -> Callable[[str, Tensor], None]:
@@ -65,6 +70,11 @@ def _keeper(tensors: dict[str, Tensor]) -> Callable[[str, Tensor], None]:
         if name in tensors:
             raise CheckpointError(
                 f"two tensors want to be saved as {name!r}; name one of them otherwise"
+            )
+        if len(name) > LONG:
+            raise CheckpointError(
+                f"a tensor's name wants at most {LONG} characters, but "
+                f"{name[:80]!r}... has {len(name)}; put it under a shorter key"
             )
         tensors[name] = tensor.detach()
 

@@ -35,6 +35,8 @@ KINDS = {
     "float8_e8m0fnu": Kind(1, "F8_E8M0"),
     "float8_e4m3fnuz": Kind(1, "U8"),
     "float8_e5m2fnuz": Kind(1, "U8"),
+    "float4_e2m1fn_x2": Kind(1, "U8"),  # two numbers a byte
+    "complex32": Kind(4, "F16", 2),
     "complex64": Kind(8, "C64"),
     "complex128": Kind(16, "F64", 2),
 }

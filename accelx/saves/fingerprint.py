@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from accelx import comm
-from accelx.errors import CheckpointError
 from accelx.records import Env
-from accelx.saves.boxes import Box, first, strides
+from accelx.saves.boxes import Box, Ints, first, strides
 from accelx.saves.lie import here, lie
+from accelx.saves.memory import flat, view
+from accelx.saves.strict import digest
 
 BLOCK = 1 << 20  # elements at once: 8 MiB a temporary
 WORD = (1 << 64) - 1
@@ -43,6 +44,15 @@ def fingerprints(
     return found
 
 
+def fingerprint(tensor: Tensor) -> str:
+    """Digits for a tensor that this rank holds whole; no collective."""
+    if tensor.device.type == "cpu":
+        return digest(view(flat(tensor)))
+    shape = tuple(tensor.shape)
+    box = Box((0,) * len(shape), shape)
+    return str(_sums(*_real(tensor, box, shape)).tolist()) if tensor.numel() else ""
+
+
 def _of_rank(env: Env, name: str, tensor: Tensor) -> Tensor:
     """This rank's part of the sums, (2,): of slices that it is the first to hold."""
     how = lie(name, tensor, {})
@@ -52,9 +62,16 @@ def _of_rank(env: Env, name: str, tensor: Tensor) -> Tensor:
         owner = next((s.ranks[0] for s in how.slices if s.box == box), -1)
     if box is None or owner != env.rank:
         return torch.zeros(2, dtype=torch.int64)
+    return _sums(*_real(local, box, tuple(tensor.shape))).cpu()
+
+
+def _real(local: Tensor, box: Box, shape: Ints) -> tuple[Tensor, Box, Ints]:
+    """Real numbers as they are; complex ones, of up to 16 bytes, as two each."""
+    local = local.detach().resolve_neg()
     if local.is_complex():
-        raise CheckpointError(f"{name} wants real numbers to be referred to by digest")
-    return _sums(local.contiguous(), box, tuple(tensor.shape)).cpu()
+        local = torch.view_as_real(local.resolve_conj())
+        box, shape = Box((*box.lo, 0), (*box.hi, 2)), (*shape, 2)
+    return local.contiguous(), box, shape
 
 
 def _sums(local: Tensor, box: Box, shape: tuple[int, ...]) -> Tensor:

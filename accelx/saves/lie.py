@@ -12,6 +12,7 @@ from torch import Tensor
 from accelx import _torch
 from accelx.errors import CheckpointError
 from accelx.saves.boxes import Box, Ints, whole
+from accelx.saves.dtypes import KINDS
 
 
 @attrs.frozen
@@ -34,6 +35,11 @@ class Lie:
 def lie(name: str, tensor: Tensor, memo: dict[Any, Any]) -> Lie:
     """How `tensor` lies. `memo` is the caller's, for the tensors of one state."""
     dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in KINDS:
+        raise CheckpointError(
+            f"{name} wants a dtype that a checkpoint has a form for, got "
+            f"{tensor.dtype}; save the plain tensors that it is made of"
+        )
     shape = tuple(tensor.shape)
     if not _torch.is_dtensor(tensor):
         return Lie(dtype, shape)

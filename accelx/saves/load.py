@@ -21,7 +21,7 @@ from accelx.saves.lie import here
 from accelx.saves.manifest import Manifest
 from accelx.saves.names import Names, named
 from accelx.saves.read import Want, fill
-from accelx.saves.typed import decode, settle
+from accelx.saves.typed import decode, hand, settle
 from accelx.state import State, Transient
 from accelx.storage import Store
 
@@ -46,6 +46,7 @@ class _Loading:
     manifest: Manifest
     only: Only
     wants: list[Want] = attrs.field(factory=list)
+    wanted: set[str] = attrs.field(factory=set)
     then: list[Callable[[], None]] = attrs.field(factory=list)
 
     def make(self, path: str, like: Any, cpu: bool) -> Tensor:
@@ -68,6 +69,9 @@ class _Loading:
 
     def want(self, path: str, tensor: Tensor) -> None:
         """Read what is stored as `path` into what this rank holds of `tensor`."""
+        if path in self.wanted:
+            raise check.damaged("the manifest", f"the tensor {path} in two places")
+        self.wanted.add(path)
         box, local = here(tensor.detach())
         if box is not None:
             self.wants.append(Want(path, box, local.detach()))
@@ -119,7 +123,7 @@ def _model(loading: _Loading, state: State, names: Names) -> None:
     absent: dict[str, Tensor] = {}
     for name, tensor in held.items():
         saved = names.saved.get(name)
-        if saved is None:
+        if saved is None or not takes(loading.only, f"model.{name}"):
             continue
         if saved in loading.manifest.base:
             absent[saved] = tensor
@@ -128,14 +132,15 @@ def _model(loading: _Loading, state: State, names: Names) -> None:
     _same_base(loading, absent)
     for name in extra:
         saved = f"model.{names.saved.get(name)}"
-        if saved in loading.manifest.values:
+        wanted = takes(loading.only, f"model.{name}")
+        if wanted and saved in loading.manifest.values:
             loading.then.append(_extra(loading, state.model, name, saved))
 
 
 def _extra(loading: _Loading, model: Any, name: str, saved: str) -> Callable[[], None]:
     value = decode(loading.manifest.values[saved], saved, None, loading.make)
     module = model.get_submodule(name.rpartition(".")[0])
-    return lambda: module.set_extra_state(settle(value))
+    return lambda: hand(module.set_extra_state, settle(value), saved)
 
 
 def _same_base(loading: _Loading, absent: Mapping[str, Tensor]) -> None:
@@ -184,8 +189,10 @@ def _random(loading: _Loading) -> Tensor | None:
     if entry is None or not takes(loading.only, RANDOM):
         return None
     world = check.whole_number(loading.manifest.about.get("world"), "the manifest")
-    if not world or entry.shape[:1] != (world,) or len(entry.shape) != 2:
-        raise check.damaged("the manifest", f"random streams of shape {entry.shape}")
+    shape = entry.shape
+    if shape[:1] != (world,) or len(shape) != 2 or entry.dtype != "uint8":
+        came = f"random streams of shape {shape}, {entry.dtype}"
+        raise check.damaged("the manifest", came)
     low, high = streams.rows_for(loading.env.rank, world)
     rows = torch.empty(high - low, entry.shape[1], dtype=torch.uint8)
     box = Box((low, 0), (high, entry.shape[1]))

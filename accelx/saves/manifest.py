@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -96,6 +97,20 @@ class Manifest:
         """Bytes of all parts."""
         return sum(part.size for part in self.parts)
 
+    @cached_property
+    def held(self) -> tuple[tuple[int, int], ...]:
+        """Of each part: how many slices it holds, and their bytes."""
+        users, widths = Counter[int](), Counter[int]()
+        for entry in self.tensors.values():
+            users[entry.layout] += 1
+            widths[entry.layout] += entry.width
+        held = [[0, 0] for _ in self.parts]
+        for number, layout in enumerate(self.layouts):
+            for piece in layout:
+                held[piece.part][0] += users[number]
+                held[piece.part][1] += piece.box.volume * widths[number]
+        return tuple((count, size) for count, size in held)
+
 
 def write_manifest(manifest: Manifest) -> bytes:
     """The manifest as JSON."""
@@ -116,7 +131,8 @@ def write_manifest(manifest: Manifest) -> bytes:
             "aliases": manifest.aliases,
             "values": manifest.values,
             "base": manifest.base,
-        }
+        },
+        ordered=False,
     )
 
 
@@ -142,11 +158,19 @@ def read_manifest(data: bytes, what: str) -> Manifest:
             sound.add((layout, shape))
         tensors[name] = Entry(dtype, shape, layout, number)
     aliases = check.aliases(raw["aliases"], tensors, what)
-    base = {name: check.base(one, what) for name, one in raw["base"].items()}
+    base = {
+        check.tensor_name(name, what): check.base(one, what)
+        for name, one in raw["base"].items()
+    }
+    check.about(raw["about"], what)
+    check.values(raw["values"], what)
     chunk = check.chunk(raw["chunk"], what)
-    return Manifest(
+    manifest = Manifest(
         raw["about"], parts, layouts, tensors, aliases, raw["values"], base, chunk
     )
+    for part, (_, size) in zip(parts, manifest.held, strict=True):
+        check.room(part.file, part.size, size, what)
+    return manifest
 
 
 def _layout(raw: Any, parts: int, what: str) -> Layout:
@@ -177,9 +201,13 @@ def read_index(data: bytes, manifest: Manifest, part: int, what: str) -> Index:
         pieces = manifest.layouts[entry.layout]
         if piece >= len(pieces) or pieces[piece].part != part:
             raise check.damaged(what, f"a slice {piece} of tensor {tensor}")
+        if (tensor, piece) in slices:
+            raise check.damaged(what, f"slice {piece} of tensor {tensor} twice")
         size = pieces[piece].box.volume * entry.width
         each = check.digests(digests, -(-size // manifest.chunk), what)
         slices[tensor, piece] = Where(offset, size, each)
+    if len(slices) != manifest.held[part][0]:
+        raise check.damaged(what, f"{len(slices)} of {manifest.held[part][0]} slices")
     spans = [(0, header_size), *((w.offset, w.size) for w in slices.values())]
     check.end_to_end(spans, manifest.parts[part].size, what)
     return Index(header_size, header_digest, slices)

@@ -24,7 +24,8 @@ def view(tensor: Tensor) -> memoryview:
 
 def flat(tensor: Tensor) -> Tensor:
     """The elements of `tensor` as bytes, (n,) uint8; a view where it is contiguous."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    tensor = tensor.detach().resolve_conj().resolve_neg()  # marks without bytes
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def chunks(data: Tensor, size: int) -> Iterator[memoryview]:

@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 
 from accelx.errors import CheckpointError
+from accelx.saves import optim
 from accelx.saves.contents import model_tensors
 from accelx.saves.manifest import Manifest
 from accelx.state import State, Transient
@@ -45,9 +46,7 @@ def named(
             'or say what to load: only=("model.**", "step"), and what has another name '
             'now: rename={"old": "new"}'
         )
-    return Names(
-        {n: s for n, s in saved.items() if n in every and wanted(f"model.{n}")}
-    )
+    return Names({n: s for n, s in saved.items() if n in every})
 
 
 def _renamed(manifest: Manifest, rename: Any) -> dict[str, str]:
@@ -154,7 +153,7 @@ def _params(
         raw = manifest.values.get(f"optim.{i}.groups")
         if raw is None or not wanted(f"optim.{i}.state"):
             continue
-        theirs = {n for g in raw.get("groups", ()) for n in g.get("params", ())}
+        theirs = {n for g in optim.groups_in(i, raw) for n in g["params"]}
         ours = {
             saved.get(names[id(p)], names[id(p)])
             for g in optimizer.param_groups

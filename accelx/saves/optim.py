@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from accelx.errors import CheckpointError
 from accelx.saves import check
-from accelx.saves.typed import Keep, Made, decode, encode
+from accelx.saves.typed import Keep, Made, decode, encode, settle
 
 # torch's word for a moment -> ours. A file keeps ours, so that another release of
 # torch reads it; words not listed are kept.
+MARK = "_"
 WORDS = {
     "exp_avg": "first_moment",
     "exp_avg_sq": "second_moment",
@@ -26,6 +27,23 @@ WORDS = {
     "ax": "average_weight",
 }
 TORCH = {ours: theirs for theirs, ours in WORDS.items()}
+
+
+def word(key: Any) -> Any:
+    """Our word for a key of an optimizer's state.
+
+    One that is called as one of ours, and is another thing, gets a mark.
+    """
+    marked = isinstance(key, str) and key.lstrip(MARK) in TORCH
+    return MARK + key if marked else WORDS.get(key, key)
+
+
+def key_of(word: Any) -> Any:
+    """The key that `word` was made of."""
+    marked = isinstance(word, str) and word.startswith(MARK)
+    if marked and word.lstrip(MARK) in TORCH:
+        return word[len(MARK) :]
+    return TORCH.get(word, word)
 
 
 def names_of(model: nn.Module) -> dict[int, str]:
@@ -49,12 +67,14 @@ def describe(i: int, optimizer: Any, names: dict[int, str], keep: Keep) -> Any:
             held = optimizer.state.get(p)
             if held:
                 name = names[id(p)]
-                words = {WORDS.get(k, k): v for k, v in held.items()}
+                words = {word(k): v for k, v in held.items()}
                 state[name] = encode(words, f"{at}.state.{name}", keep)
+    rest = {k: v for k, v in optimizer.state.items() if not isinstance(k, Tensor)}
     kind = type(optimizer).__name__
+    other = encode(rest, f"{at}.other", keep)
     return {
         f"{at}.groups": {"class": kind, "groups": groups},
-        f"{at}.state": {"class": kind, "state": state},
+        f"{at}.state": {"class": kind, "state": state, "other": other},
     }
 
 
@@ -71,23 +91,35 @@ def restored_state(
     `names` maps names here to names in the file. Raises CheckpointError for another
     kind of optimizer, and for a parameter that the file knows nothing of.
     """
-    check.record(raw, f"optim.{i}.state", {"class": str, "state": dict})
+    fields = {"class": str, "state": dict, "other": dict}
+    check.record(raw, f"optim.{i}.state", fields)
     _same_kind(i, raw, optimizer)
     held = raw["state"]
-    made: dict[Any, Any] = {}
+    made = _dict(raw["other"], f"optim.{i}.other", optimizer.state, make)
     for group in optimizer.param_groups:
         for p in group["params"]:
-            saved = names[own[id(p)]]
+            saved = names.get(own[id(p)], own[id(p)])
             if saved in held:
                 at = f"optim.{i}.state.{saved}"
-                words = decode(held[saved], at, dict.fromkeys(held[saved], p), make)
-                made[p] = {TORCH.get(k, k): v for k, v in words.items()}
+                words = _dict(held[saved], at, p, make)
+                made[p] = {key_of(k): v for k, v in words.items()}
 
     def install() -> None:
         optimizer.state.clear()
-        optimizer.state.update(made)
+        optimizer.state.update(settle(made))
 
     return install
+
+
+def groups_in(i: int, raw: Any) -> list[dict[str, Any]]:
+    """The groups that `describe` wrote: names of parameters, and options."""
+    what = f"optim.{i}.groups"
+    check.record(raw, what, {"class": str, "groups": list})
+    for one in raw["groups"]:
+        check.record(one, what, {"params": list, "options": dict})
+        for name in one["params"]:
+            check.tensor_name(name, what)
+    return raw["groups"]  # type: ignore[no-any-return]
 
 
 def restored_groups(
@@ -103,14 +135,13 @@ def restored_groups(
     A group here takes the options of the group in the file that held its parameters.
     Options that are not here any more are left out, new ones keep what they are.
     """
-    check.record(raw, f"optim.{i}.groups", {"class": str, "groups": list})
-    for one in raw["groups"]:
-        check.record(one, f"optim.{i}.groups", {"params": list, "options": dict})
+    groups = groups_in(i, raw)
     _same_kind(i, raw, optimizer)
-    of = {name: g for g in raw["groups"] for name in g["params"]}
+    of = {name: g for g in groups for name in g["params"]}
     made = list[tuple[dict[str, Any], dict[str, Any]]]()
     for number, group in enumerate(optimizer.param_groups):
-        saved = [names[own[id(p)]] for p in group["params"]]
+        ours = [own[id(p)] for p in group["params"]]
+        saved = [names.get(name, name) for name in ours]
         theirs = [of[name] for name in saved if name in of]
         if any(one is not theirs[0] for one in theirs):
             raise CheckpointError(
@@ -120,14 +151,22 @@ def restored_groups(
                 f'"optim.{i}.groups"'
             )
         if theirs:
-            at = f"optim.{i}.groups.{raw['groups'].index(theirs[0])}"
-            made.append((group, decode(theirs[0]["options"], at, group, make)))
+            at = f"optim.{i}.groups.{groups.index(theirs[0])}"
+            made.append((group, _dict(theirs[0]["options"], at, group, make)))
 
     def install() -> None:
         for group, options in made:
-            group.update({k: v for k, v in options.items() if k in group})
+            group.update({k: settle(v) for k, v in options.items() if k in group})
 
     return install
+
+
+def _dict(raw: Any, path: str, like: Any, make: Made) -> dict[Any, Any]:
+    """A value that `encode` made of a dict."""
+    made = decode(raw, path, like, make)
+    if not isinstance(made, dict):
+        raise check.damaged(path, f"a {type(made).__name__} in place of a dict")
+    return made  # type: ignore[reportUnknownVariableType]
 
 
 def _same_kind(i: int, raw: Any, optimizer: Any) -> None:

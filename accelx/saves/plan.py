@@ -43,6 +43,7 @@ def planned(lies: Mapping[str, Lie], world: int) -> Plan:
     total = sum(_size(one) for one in lies.values() if one.slices is None)
     seen: dict[Layout, int] = {}
     cut: dict[tuple[int, int], int] = {}  # hashing 1,024 slices of each tensor is slow
+    turns: dict[int, int] = {}
     entries: dict[str, Entry] = {}
     at = 0
     for number, (name, one) in enumerate(lies.items()):
@@ -50,8 +51,11 @@ def planned(lies: Mapping[str, Lie], world: int) -> Plan:
             index = seen.setdefault(_shares(one, at, total, world), len(seen))
             at += _size(one)
         else:
-            turn = number % max((len(s.ranks) for s in one.slices), default=1)
-            key = id(one.slices), turn
+            same = id(one.slices)
+            if same not in turns:
+                turns[same] = max((len(s.ranks) for s in one.slices), default=1)
+            turn = number % turns[same]
+            key = same, turn
             if key not in cut:
                 layout = _in_turn(one.slices, turn)
                 cut[key] = seen.setdefault(layout, len(seen))

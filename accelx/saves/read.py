@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 
 import attrs
 import torch
@@ -25,11 +25,17 @@ VERIFY = ("touched", "full", "off")
 
 @attrs.frozen(eq=False)
 class Want:
-    """A box of a stored tensor, and the memory that it is to fill."""
+    """A box of a stored tensor, and the memory that it is to fill.
+
+    Memory of another dtype gets the numbers cast.
+    """
 
     name: str
     box: Box
     out: Tensor
+
+
+Read = Callable[[Iterable[Want]], int]  # fills them; the bytes that it read
 
 
 @attrs.frozen(eq=False)
@@ -42,7 +48,12 @@ class _Job:
     stored: Box  # the slice
     box: Box  # what is wanted of it
     out: Tensor
-    width: int
+    dtype: torch.dtype  # as stored
+
+    @property
+    def width(self) -> int:
+        """Bytes an element."""
+        return self.dtype.itemsize
 
 
 def fill(
@@ -58,17 +69,36 @@ def fill(
     if verify == "full":
         for problem in problems(store, manifest):
             raise DamagedError(problem)
-    checked = verify != "off"
-    indices: dict[int, Index] = {}
-    jobs = list(_jobs(store, manifest, wants, indices, checked))
-    with contextlib.ExitStack() as stack:
-        readers: dict[int, Fill] = {}
-        for part in indices:
-            name = manifest.parts[part].file
-            readers[part] = stack.enter_context(storage.reading(store, name))
+    with reader(store, manifest, verify != "off") as read:
+        return read(wants)
+
+
+@contextmanager
+def reader(
+    store: Store,
+    manifest: Manifest,
+    checked: bool,
+    known: Mapping[int, Index] | None = None,
+) -> Generator[Read]:
+    """What fills wants, any number of times; a file that it has opened stays open.
+
+    `known` are the indices of parts that have no index in the store.
+    """
+    indices = dict(known or {})
+    readers: dict[int, Fill] = {}
+    workers = ThreadPoolExecutor(THREADS[store.local], "accelx-read")
+    with ExitStack() as stack, workers as pool:  # the pool ends before files close
         run = _runner(store, manifest, readers, checked)
-        with ThreadPoolExecutor(THREADS[store.local], "accelx-read") as pool:
+
+        def read(wants: Iterable[Want]) -> int:
+            jobs = list(_jobs(store, manifest, wants, indices, checked))
+            for part in dict.fromkeys(job.part for job in jobs):
+                if part not in readers:
+                    opened = storage.reading(store, manifest.parts[part].file)
+                    readers[part] = stack.enter_context(opened)
             return sum(pool.map(run, jobs))
+
+        yield read
 
 
 def _jobs(
@@ -96,10 +126,10 @@ def _jobs(
                     f"{store.url}/{manifest.parts[part].index} wants to list slice {k} "
                     f"of {want.name}, and does not; take another checkpoint"
                 )
-            stored, width = pieces[k].box, entry.width
-            for block in _blocks(box, stored, width):
+            stored, dtype = pieces[k].box, getattr(torch, entry.dtype)
+            for block in _blocks(box, stored, entry.width):
                 out = inside(want.out, block, want.box)
-                yield _Job(want.name, part, where, stored, block, out, width)
+                yield _Job(want.name, part, where, stored, block, out, dtype)
 
 
 def _blocks(box: Box, stored: Box, width: int) -> list[Box]:
@@ -121,6 +151,7 @@ def _runner(
             contiguous(job.box, job.stored)
             and job.out.is_contiguous()
             and job.out.device.type == "cpu"
+            and job.out.dtype == job.dtype
         )
         made = None if direct else torch.empty(high - low, dtype=torch.uint8)
         out = view(job.out if made is None else made)
@@ -138,7 +169,7 @@ def _runner(
 
 def _place(job: _Job, made: Tensor) -> None:
     """Copy out of a buffer that begins at the first byte of the job's box."""
-    typed = made.view(job.out.dtype)
+    typed = made.view(job.dtype)
     steps = strides(job.stored.shape)
     job.out.copy_(torch.as_strided(typed, job.box.shape, steps))
 

@@ -13,11 +13,18 @@ import torch
 from torch import Tensor
 
 from accelx import comm, storage
-from accelx.errors import CheckpointError
+from accelx.errors import CheckpointError, DamagedError
 from accelx.match import Selector
 from accelx.records import Env
-from accelx.saves.commit import COMMIT, Commit, folder_name, write_commit
+from accelx.saves.commit import (
+    COMMIT,
+    Commit,
+    check_sizes,
+    folder_name,
+    write_commit,
+)
 from accelx.saves.contents import Contents, contents
+from accelx.saves.fingerprint import fingerprint
 from accelx.saves.lie import here
 from accelx.saves.manifest import MANIFEST, Manifest, Part, write_manifest
 from accelx.saves.memory import flat, inside
@@ -27,6 +34,7 @@ from accelx.saves.write import Slab, write_part
 from accelx.state import State
 from accelx.storage import Store
 
+LATE = (0.1, 0.4, 1.6)  # seconds between looks at a listing that lacks something
 Meet = Callable[[str, Any], list[Any]]  # (where, mine) -> every rank's, in rank order
 
 
@@ -61,12 +69,12 @@ def decide(
             f"save_state wants a model on all {env.world} ranks, but the chain has no "
             'shard_model, so each rank has its own; add shard_model(env, "ddp")'
         )
-    held = contents(state, env.rank, env.world, env.device, select)
+    held, error = _held(env, state, select)
     plan = planned(held.lies, env.world)
-    name = _agree(env, held, plan, folder_name(state.step))
+    name = _agree(env, _said(held, plan), error, folder_name(state.step))
     store = storage.inside(storage.at(url), name)
     manifest = Manifest(
-        _about(env, state),
+        about(state.step, state.skipped, env.world),
         (),
         plan.layouts,
         plan.entries,
@@ -77,27 +85,57 @@ def decide(
     return Job(env, store, _slabs(env, plan, held), manifest, metrics or {})
 
 
-def _about(env: Env, state: State) -> dict[str, Any]:
+def about(step: int, skipped: int, world: int) -> dict[str, Any]:
+    """What a manifest says of the run and of who wrote it."""
     return {
-        "step": state.step,
-        "skipped": state.skipped,
-        "position": state.position,
-        "world": env.world,
+        "step": step,
+        "skipped": skipped,
+        "position": step + skipped,
+        "world": world,
         "accelx": sys.modules["accelx"].__version__,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }
 
 
-def _agree(env: Env, held: Contents, plan: Plan, name: str) -> str:
-    """Rank 0's name for the folder, once all ranks describe the same state."""
+def _held(
+    env: Env, state: State, select: Selector | None
+) -> tuple[Contents, CheckpointError | None]:
+    """What is saved, or why it cannot be; on several ranks for `_agree` to raise."""
+    try:
+        return contents(state, env.rank, env.world, env.device, select), None
+    except CheckpointError as error:
+        if env.world == 1:
+            raise
+        return Contents({}, {}, {}, {}, {}), error
+
+
+def _said(held: Contents, plan: Plan) -> dict[str, str]:
+    """By what ranks compare their states: what must be one and the same on each.
+
+    Of weights and optimizers it is how they lie: steps keep them the same. What users
+    write into buffers and slots is compared to the bit, since ranks share the writing.
+    """
     said = {k: digest(dumps(v)) for k, v in held.values.items()}
     said["ties"] = digest(dumps(held.aliases))
     cuts = [digest(repr(layout).encode()) for layout in plan.layouts]
     for k, e in plan.entries.items():
         said[k] = f"{e.dtype} {e.shape} {cuts[e.layout]}"
-    ranks = comm.gather_objects(env, (name, digest(dumps(said))))
-    if len({one for _, one in ranks}) > 1:
+        if k in held.own and held.lies[k].slices is None:
+            said[k] += f" {fingerprint(held.tensors[k])}"
+    return said
+
+
+def _agree(
+    env: Env, said: dict[str, str], error: CheckpointError | None, name: str
+) -> str:
+    """Rank 0's name for the folder, once all ranks describe the same state."""
+    told = None if error is None else str(error)
+    ranks = comm.gather_objects(env, (name, digest(dumps(said)), told))
+    for rank, (_, _, failure) in enumerate(ranks):
+        if failure is not None:
+            raise CheckpointError(f"rank {rank}: {failure}") from error
+    if len({one for _, one, _ in ranks}) > 1:
         each = comm.gather_objects(env, said)
         names = {k: None for one in each for k in one}
         odd = [k for k in names if len({one.get(k) for one in each}) > 1]
@@ -157,20 +195,42 @@ def _all(job: Job, told: Sequence[tuple[bool, Any]], what: str) -> list[Any]:
 
 
 def _commit(job: Job, parts: Sequence[Any]) -> None:
-    manifest = attrs.evolve(job.manifest, parts=tuple(Part(*one) for one in parts))
+    each = tuple(Part(*one) for one in parts)
+    commit(job.store, attrs.evolve(job.manifest, parts=each), job.metrics)
+
+
+def commit(store: Store, manifest: Manifest, metrics: Mapping[str, float]) -> None:
+    """Write the manifest of parts that are there, and at last the commit."""
     data = write_manifest(manifest)
-    storage.write(job.store, MANIFEST, [data], len(data))
-    about = manifest.about
-    commit = Commit(
-        about["step"],
-        about["position"],
-        time.time(),
-        job.env.world,
-        manifest.size,
-        len(manifest.tensors),
-        len(data),
-        digest(data),
-        job.metrics,
+    storage.write(store, MANIFEST, [data], len(data))
+    _seen(store, manifest)
+    said = manifest.about
+    last = write_commit(
+        Commit(
+            said["step"],
+            said["position"],
+            time.time(),
+            said["world"],
+            manifest.size,
+            len(manifest.tensors),
+            len(data),
+            digest(data),
+            metrics,
+        )
     )
-    last = write_commit(commit)
-    storage.write(job.store, COMMIT, [last], len(last))
+    storage.write(store, COMMIT, [last], len(last))
+
+
+def _seen(store: Store, manifest: Manifest) -> None:
+    """Refuse to commit what a reader would not find: some stores list late."""
+    for wait in (*LATE, None):
+        try:
+            return check_sizes(store, manifest)
+        except DamagedError as error:
+            if wait is None:
+                raise CheckpointError(
+                    f"rank 0 does not see what the others wrote ({error}); save into a "
+                    "folder that all nodes share, or to an object store"
+                ) from None
+            time.sleep(wait)
+    return None

@@ -13,7 +13,7 @@ from accelx.errors import CheckpointError, CheckpointWarning
 from accelx.match import Selector
 from accelx.records import Env, Mean
 from accelx.saves.background import Background
-from accelx.saves.commit import COMMIT, found, open_manifest
+from accelx.saves.commit import COMMIT, check_sizes, found, open_manifest
 from accelx.saves.fingerprint import fingerprints
 from accelx.saves.retain import Retain
 from accelx.saves.save import Job, decide, run
@@ -60,25 +60,26 @@ class Saver(Transient):
         """Remove what `keep` lets go, once the new commit has been read back."""
         if self.keep is None or not self.env.main:
             return
-        listing = found(self.url)
-        new = next((one for one in listing if one.url == job.store.url), None)
-        if new is None or new.commit is None:
-            return  # the store lists late: the next save removes what this one may
-        open_manifest(new)
+        try:
+            listing = found(self.url)
+            new = next((one for one in listing if one.url == job.store.url), None)
+            if new is None or new.commit is None:
+                return  # the store lists late: the next save removes what this one may
+            check_sizes(*open_manifest(new))
+        except (OSError, CheckpointError) as error:
+            _warn(f"{job.store.url} was not read back, so no older one goes", error)
+            return
         for one in self.keep(listing):
             if one.name != new.name:
-                _remove(one.url)
+                try:
+                    storage.remove_folder(storage.at(one.url), first=[COMMIT])
+                except OSError as error:
+                    _warn(f"the old checkpoint {one.url} could not be removed", error)
 
 
-def _remove(url: str) -> None:
-    try:
-        storage.remove_folder(storage.at(url), first=[COMMIT])
-    except OSError as error:  # room, not correctness: the run goes on
-        warnings.warn(
-            f"the old checkpoint {url} could not be removed: {error}",
-            CheckpointWarning,
-            stacklevel=2,
-        )
+def _warn(what: str, error: Exception) -> None:
+    """Say that no room was made: the run goes on, since nothing is wrong with it."""
+    warnings.warn(f"{what}: {error}", CheckpointWarning, stacklevel=2)
 
 
 def check_select(state: State, select: Selector | None) -> None:

@@ -78,6 +78,7 @@ def restore(rows: Tensor, rank: int, saved: int, device: str) -> None:
         )
     fields = FORM.unpack(bytes(view(row)))
     python, rest = fields[: WORDS + 3], fields[WORDS + 3 :]
+    _check(python[WORDS], rest[WORDS + 1], rest[-3])
     random.setstate((3, python[: WORDS + 1], python[-1] if python[-2] else None))
     there, *numbers = rest[: WORDS + 4]
     if there and "numpy" in sys.modules:
@@ -87,6 +88,18 @@ def restore(rows: Tensor, rank: int, saved: int, device: str) -> None:
     if module is not None and rest[-2]:
         state = torch.frombuffer(bytearray(rest[-1][: rest[-2]]), dtype=torch.uint8)
         module.set_rng_state(state, device)
+
+
+def _check(python: int, numpy: int, own: bytes) -> None:
+    """Refuse a place outside a generator's words: NumPy and torch would read there."""
+    left, seeded, place = struct.unpack_from("<iiQ", own, 8)  # of THGeneratorState
+    torchs = seeded == 1 and 0 < left <= WORDS and place + left <= WORDS + 1
+    if max(python, numpy) > WORDS or not torchs:
+        raise DamagedError(
+            f"the random streams want places in {WORDS} words, got {python}, {numpy}, "
+            f"and {place} with {left} left; they were tampered with: take another "
+            "checkpoint"
+        )
 
 
 def _set_numpy(numbers: list[Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import xxhash
@@ -10,6 +11,7 @@ import xxhash
 from accelx.errors import DamagedError
 
 DEPTH = 64  # levels of nesting; ours has under ten, a user's extra state a few more
+DIGITS = 20  # characters of an integer: all of 64 bits
 
 
 def digest(data: bytes | bytearray | memoryview) -> str:
@@ -17,9 +19,12 @@ def digest(data: bytes | bytearray | memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(data)  # type: ignore[no-any-return]
 
 
-def dumps(value: Any) -> bytes:
-    """`value` as one line; equal values give equal bytes."""
-    text = json.dumps(value, separators=(",", ":"), sort_keys=True, allow_nan=False)
+def dumps(value: Any, ordered: bool = True) -> bytes:
+    """`value` as one line: `ordered`, so that equal values give equal bytes, or as is.
+
+    A dict that is written as it is keeps the order in which its owner walks it.
+    """
+    text = json.dumps(value, separators=(",", ":"), sort_keys=ordered, allow_nan=False)
     return text.encode()
 
 
@@ -27,13 +32,14 @@ def loads(data: bytes, what: str) -> Any:
     """What `data` says. Raises DamagedError, with `what`, for anything but plain JSON.
 
     Refused beside bad syntax: a name twice in one object, NaN and infinities, integers
-    of more than 19 digits, and nesting deeper than 64.
+    of more than 20 characters, and nesting deeper than 64.
     """
     try:
         value = json.loads(
             data.decode(),
             object_pairs_hook=_object,
             parse_constant=_refuse,
+            parse_float=_float,
             parse_int=_integer,
         )
     except RecursionError:
@@ -65,8 +71,15 @@ def _refuse(text: str) -> Any:
     raise ValueError(f"the number {text}")
 
 
+def _float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):  # a number of JSON, and none of ours: it cannot be written
+        raise ValueError(f"the number {text[:40]}")
+    return value
+
+
 def _integer(text: str) -> int:
-    if len(text) > 20:
+    if len(text) > DIGITS:
         raise ValueError(f"an integer of {len(text)} digits")
     return int(text)
 

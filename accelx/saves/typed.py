@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -13,32 +13,42 @@ import torch
 from torch import Tensor
 
 from accelx.errors import CheckpointError
+from accelx.saves import check
 
 Keep = Callable[[str, Tensor], None]  # stores a tensor under a name
 Made = Callable[[str, Any, bool], Tensor]  # (name, like, on CPU) -> one to be filled
+LEVELS = 16  # of nesting; each is up to three of JSON, of which strict.DEPTH are read
+BITS = 63  # of an integer that JSON readers take as it is
+KEYS = (str, int, bool, float, type(None))
 
 
-def encode(value: Any, path: str, keep: Keep) -> Any:
+def encode(value: Any, path: str, keep: Keep, level: int = 0) -> Any:
     """`value` as JSON; its tensors go to `keep` under their path.
 
     None, bool, int, float, str, bytes, tuples, lists, dicts with keys of such, tensors,
     dtypes, frozen attrs records, and objects with state_dict and load_state_dict.
     Raises CheckpointError with the path for anything else.
     """
-    if value is None or isinstance(value, bool | str) or type(value) is int:
+    if level > LEVELS:
+        raise _refused(f"{path} is nested deeper than {LEVELS} levels, or in itself")
+    if value is None or isinstance(value, bool | str):
         return value
+    if type(value) is int:
+        small = value.bit_length() <= BITS
+        return value if small else {"$": "int", "v": hex(value)}
+    if isinstance(value, float):  # NumPy's too, as schedules compute them
+        number = float(value)
+        return number if math.isfinite(number) else {"$": "float", "v": repr(number)}
     if isinstance(value, Tensor):
         _plain(value, path)
         keep(path, value)
         return {"$": "tensor", "cpu": value.device.type == "cpu"}
-    if type(value) is float:
-        return value if math.isfinite(value) else {"$": "float", "v": repr(value)}
     if type(value) in (list, tuple):
-        each = [encode(v, f"{path}.{i}", keep) for i, v in enumerate(value)]
+        each = [encode(v, f"{path}.{i}", keep, level + 1) for i, v in enumerate(value)]
         return each if type(value) is list else {"$": "tuple", "v": each}
     if isinstance(value, Mapping):
-        return _mapping(value, path, keep)
-    return _object(value, path, keep)
+        return _mapping(value, path, keep, level + 1)
+    return _object(value, path, keep, level + 1)
 
 
 def _plain(value: Tensor, path: str) -> None:
@@ -58,31 +68,42 @@ def _plain(value: Tensor, path: str) -> None:
         )
 
 
-def _mapping(value: Mapping[Any, Any], path: str, keep: Keep) -> Any:
-    keys = [type(key) for key in value]
-    if all(key is str for key in keys) and "$" not in value:
-        return {k: encode(v, f"{path}.{k}", keep) for k, v in value.items()}
-    if not all(key in (str, int, bool, float, type(None)) for key in keys):
-        raise _refused(f"{path} has the key {next(iter(value))!r}")
+def _mapping(value: Mapping[Any, Any], path: str, keep: Keep, level: int) -> Any:
+    if all(type(key) is str for key in value) and "$" not in value:
+        return {k: encode(v, f"{path}.{k}", keep, level) for k, v in value.items()}
+    for key in value:
+        if type(key) not in KEYS:
+            raise _refused(f"{path} has the key {key!r}")
     each = [
-        [encode(k, path, keep), encode(v, f"{path}.{k}", keep)]
+        [encode(k, path, keep, level), encode(v, f"{path}.{k}", keep, level)]
         for k, v in value.items()
     ]
     return {"$": "dict", "v": each}
 
 
-def _object(value: Any, path: str, keep: Keep) -> Any:
+def _object(value: Any, path: str, keep: Keep, level: int) -> Any:
     if isinstance(value, bytes):
         return {"$": "bytes", "v": base64.b64encode(value).decode()}
     if isinstance(value, torch.dtype):
         return {"$": "dtype", "v": str(value).removeprefix("torch.")}
+    if _stateful(value):
+        return {"$": "object", "v": encode(value.state_dict(), path, keep, level)}
     if attrs.has(type(value)):
-        fields = {f.name: getattr(value, f.name) for f in attrs.fields(type(value))}
-        each = {k: encode(v, f"{path}.{k}", keep) for k, v in fields.items()}
+        fields = attrs.fields(type(value))
+        for f in fields:
+            if not f.init:  # nothing could set it again
+                raise _refused(f"{path}.{f.name} is a field that init=False keeps out")
+        each = {
+            f.name: encode(getattr(value, f.name), f"{path}.{f.name}", keep, level)
+            for f in fields
+        }
         return {"$": "record", "v": each}
-    if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
-        return {"$": "object", "v": encode(value.state_dict(), path, keep)}
     raise _refused(f"{path} is a {type(value).__name__}")
+
+
+def _stateful(value: Any) -> bool:
+    both = hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
+    return both and not isinstance(value, type)
 
 
 def _refused(came: str) -> CheckpointError:
@@ -100,10 +121,8 @@ def decode(raw: Any, path: str, like: Any, make: Made) -> Any:
     it, for when the tensors are filled: see `settle`. Raises CheckpointError.
     """
     if isinstance(raw, list):
-        likes: Any = like if isinstance(like, list | tuple) else ()
         return [
-            decode(v, f"{path}.{i}", likes[i] if i < len(likes) else None, make)
-            for i, v in enumerate(raw)
+            decode(v, f"{path}.{i}", _at(like, i), make) for i, v in enumerate(raw)
         ]
     if not isinstance(raw, dict):
         return raw
@@ -128,20 +147,23 @@ def _mapped(made: dict[Any, Any], like: Any) -> Any:
 
 
 def _at(like: Any, key: Any) -> Any:
-    return like.get(key) if isinstance(like, Mapping) else None
+    """What stands at a key or index; a tensor stands for all that lies inside."""
+    if isinstance(like, list | tuple):
+        return like[key] if key in range(len(like)) else None  # type: ignore[reportUnknownArgumentType]
+    return like.get(key) if isinstance(like, Mapping) else _tensor(like)
+
+
+def _tensor(like: Any) -> Any:
+    return like if isinstance(like, Tensor) else None
 
 
 def _special(kind: Any, v: Any, path: str, like: Any, make: Made) -> Any:
+    if isinstance(kind, str) and kind in _SCALARS and isinstance(v, str):
+        return _scalar(kind, v, path)
     if kind == "tuple" and isinstance(v, list):
         return tuple(decode(v, path, like, make))
-    if kind == "float" and v in ("nan", "inf", "-inf"):
-        return float(v)
-    if kind == "bytes" and isinstance(v, str):
-        return base64.b64decode(v, validate=True)
-    if kind == "dtype" and isinstance(getattr(torch, str(v), None), torch.dtype):
-        return getattr(torch, str(v))
     if kind == "dict" and isinstance(v, list):
-        pairs = [(decode(k, path, None, make), rest) for k, rest in v]
+        pairs = [_pair(one, path, make) for one in v]
         each = {k: decode(r, f"{path}.{k}", _at(like, k), make) for k, r in pairs}
         return _mapped(each, like)
     if kind == "record" and isinstance(v, dict):
@@ -153,6 +175,34 @@ def _special(kind: Any, v: Any, path: str, like: Any, make: Made) -> Any:
         f"{path} wants a type that this accelx knows, got {str(kind)[:40]!r}; install "
         "the accelx that saved it"
     )
+
+
+_SCALARS: dict[str, Callable[[str], Any]] = {
+    "int": lambda v: int(v, 16),
+    "float": lambda v: {str(f): f for f in (math.nan, math.inf, -math.inf)}[v],
+    "bytes": lambda v: base64.b64decode(v, validate=True),
+    "dtype": lambda v: {str(d): d for d in _dtypes()}[f"torch.{v}"],
+}
+
+
+def _dtypes() -> Iterator[torch.dtype]:
+    return (d for d in vars(torch).values() if isinstance(d, torch.dtype))
+
+
+def _scalar(kind: str, v: str, path: str) -> Any:
+    try:
+        return _SCALARS[kind](v)
+    except (ValueError, KeyError):
+        raise check.damaged(path, f"the {kind} {v[:40]!r}") from None
+
+
+def _pair(one: Any, path: str, make: Made) -> tuple[Any, Any]:
+    """A key, and its value still as JSON."""
+    if isinstance(one, list) and len(one) == 2:  # type: ignore[reportUnknownArgumentType]
+        key = decode(one[0], path, None, make)
+        if type(key) in KEYS:
+            return key, one[1]
+    raise check.damaged(path, f"{str(one)[:40]} in place of a key and a value")
 
 
 def _record(v: dict[str, Any], path: str, like: Any, make: Made) -> Any:
@@ -167,7 +217,7 @@ def _record(v: dict[str, Any], path: str, like: Any, make: Made) -> Any:
         for k, one in v.items()
         if k in known
     }
-    return attrs.evolve(like, **fields)
+    return hand(lambda fields: attrs.evolve(like, **fields), fields, path)
 
 
 @attrs.frozen(eq=False)
@@ -179,6 +229,18 @@ class _Later:
     path: str
 
 
+def hand(load: Callable[[Any], Any], state: Any, path: str) -> Any:
+    """`load(state)`, where `load` is not ours; what it raises, as a CheckpointError."""
+    try:
+        return load(state)
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} wants to be loaded as it was saved, but what loads it here raised "
+            f"{type(error).__name__}: {error}; put there what was saved, or leave it "
+            "out with only=..."
+        ) from error
+
+
 def settle(value: Any) -> Any:
     """`value` with every object in it loaded: call it once tensors are filled."""
     if isinstance(value, _Later):
@@ -188,12 +250,12 @@ def settle(value: Any) -> Any:
                 f"is {type(value.target).__name__}; put such an object there, or leave "
                 "it out with only=..."
             )
-        value.target.load_state_dict(settle(value.state))
+        hand(value.target.load_state_dict, settle(value.state), value.path)
         return value.target
     if isinstance(value, list | tuple):
         return type(value)(settle(v) for v in value)
     if isinstance(value, dict):
-        return {k: settle(v) for k, v in value.items()}
+        return _mapped({k: settle(v) for k, v in value.items()}, value)
     if attrs.has(type(value)):
         fields = attrs.fields(type(value))
         return attrs.evolve(

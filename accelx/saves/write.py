@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import attrs
@@ -53,7 +53,7 @@ def write_part(store: Store, number: int, slabs: Sequence[Slab]) -> Part:
             yield memoryview(head)
             for slab, mine in zip(slabs, taken, strict=True):
                 for chunk in chunks(slab.data, CHUNK):
-                    mine.append(pool.submit(digest, chunk))
+                    mine.append(_beside(pool, chunk))
                     yield chunk
 
         storage.write(store, file, parts(), size)
@@ -63,6 +63,16 @@ def write_part(store: Store, number: int, slabs: Sequence[Slab]) -> Part:
     return Part(file, size, index, len(data), digest(data))
 
 
+def _beside(pool: ThreadPoolExecutor, chunk: memoryview) -> Future[str]:
+    """The digest of `chunk`, taken in the pool, or here in a program that ends."""
+    try:
+        return pool.submit(digest, chunk)
+    except RuntimeError:  # Python 3.12 and later start no thread any more
+        taken = Future[str]()
+        taken.set_result(digest(chunk))
+        return taken
+
+
 def header(slabs: Sequence[Slab]) -> bytes:
     """The safetensors header, length included, of slices laid end to end."""
     fields: dict[str, object] = {"__metadata__": {"format": "accelx"}}
@@ -70,10 +80,17 @@ def header(slabs: Sequence[Slab]) -> bytes:
     for slab in slabs:
         kind = KINDS[slab.dtype]
         shape = [*slab.shape, *([kind.codes] if kind.codes > 1 else [])]
-        key = slab.name if slab.name not in fields else f"{slab.name}#{slab.piece}"
+        key = slab.name
+        while key in fields:
+            key = f"{key}#{slab.piece}"
         end = at + slab.size
         fields[key] = {"dtype": kind.code, "shape": shape, "data_offsets": [at, end]}
         at = end
+    return framed(fields)
+
+
+def framed(fields: Mapping[str, object]) -> bytes:
+    """A safetensors header that says `fields`, with its length before it."""
     text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGN)
     return len(text).to_bytes(8, "little") + text

@@ -12,7 +12,7 @@ FLOORS = {
     2: "engines saves",
     3: "passes",
     4: "run gradients optimizers",
-    5: "spawn launch testing doctor",
+    5: "spawn launch testing doctor checkpoint checkpoints",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 

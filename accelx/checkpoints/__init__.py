@@ -1,0 +1,1 @@
+"""What `python -m accelx.checkpoint` lists, shows, compares, checks and removes."""
