@@ -57,6 +57,31 @@ real = st.one_of(
         ragged=st.booleans(),
     ),
     st.builds(
+        ax.save_state,
+        st.sampled_from([ax.Env(), ENV]),
+        st.sampled_from(["runs/a", "s3://bucket/run"]),
+        st.integers(1, 9),
+        st.sampled_from([None, 3, ax.retain(2, 100, ("loss", "min"))]),
+        wait=st.booleans(),
+        select=st.sampled_from([None, "trainable"]),
+    ),
+    st.builds(
+        ax.load_state,
+        st.just(ENV),
+        st.just("s3://bucket/run"),
+        st.sampled_from(["error", "fresh"]),
+        only=st.sampled_from([None, "model.**", ("model.**", "step")]),
+        verify=st.sampled_from(["touched", "full", "off"]),
+        fallback=st.booleans(),
+    ),
+    st.builds(
+        ax.on_preempt,
+        st.just(ENV),
+        st.just("runs/a"),
+        st.sampled_from([("SIGTERM",), ("SIGTERM", "SIGUSR1")]),
+        st.sampled_from([None, 30.0]),
+    ),
+    st.builds(
         ax.with_precision,
         st.sampled_from(
             ["fp32", "bf16", "fp16", ax.Precision("fp32", "bf16", output="fp32")]

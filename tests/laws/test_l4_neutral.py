@@ -1,5 +1,6 @@
 """L4: a neutral pass leaves the run of one process, one batch and torch alone."""
 
+import tempfile
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -83,6 +84,21 @@ def fed(env, kind, n):
     return t.apart(judge, trace, env.rank, env.world)
 
 
+def saved(env, kind, wait):
+    """The gap of a run that saves after each step and listens for signals."""
+    folder = ax.broadcast(env, tempfile.mkdtemp())
+    tx = ax.chain(
+        ax.save_state(env, folder, every=1, keep=2, wait=wait),
+        ax.on_preempt(env, folder),
+        ax.shard_model(env, kind, blocks=BLOCKS),
+        ax.clip(t.LIMIT),
+        ax.with_schedule(t.curve),
+    )
+    run = t.train(tx, env, t.made(), t.masked, t.grouped, t.batches())
+    judge = t.by_hand(t.made(), t.masked, t.grouped, t.batches())
+    return t.apart(judge, run, env.rank, env.world)
+
+
 def unmarked(env, loss):
     """The gap of batches of 2 * world rows that nobody marked: rows are counted."""
     data = t.batches(rows=(2 * env.world,))
@@ -119,6 +135,8 @@ EXACT = {
     "fed-ddp": lambda env: fed(env, "ddp", 1),
     "fed-ddp-3": lambda env: fed(env, "ddp", 3),
     "fed-fsdp2-2": lambda env: fed(env, "fsdp2", 2),
+    "saved-ddp": lambda env: saved(env, "ddp", True),
+    "saved-fsdp2-beside": lambda env: saved(env, "fsdp2", False),
     "unmarked-bare": lambda env: unmarked(env, t.bare),
     "unmarked-masked": lambda env: unmarked(env, t.masked),
 }
@@ -155,7 +173,7 @@ def test_any_placement_makes_the_run_of_one_process(world, case):
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("world", WORLDS)
 def test_so_do_other_sources_of_batches(world, name):
-    """Rows from ax.feed, and batches that carry no mark, are weighed alike."""
+    """Rows from ax.feed, and unmarked ones, weigh alike; saving changes nothing."""
     found = [rank[name] for rank in gaps(world)]
     assert max(found) < 1e-12, found
 
@@ -178,12 +196,17 @@ FACTORIES = {  # one call of each public factory of passes
     "accumulate": lambda: ax.accumulate(2),
     "clip": lambda: ax.clip(1.0),
     "clip_value": lambda: ax.clip_value(1.0),
+    "load_state": lambda: ax.load_state(ENV, "url"),
+    "load_weights": lambda: ax.load_weights("url"),
+    "on_preempt": lambda: ax.on_preempt(ENV, "url"),
+    "save_state": lambda: ax.save_state(ENV, "url", every=1),
     "shard_loader": lambda: ax.shard_loader(ENV),
     "shard_model": lambda: ax.shard_model(ENV),
     "with_precision": lambda: ax.with_precision("fp16"),
     "with_schedule": lambda: ax.with_schedule(t.curve),
 }
 COVERED = {"accumulate", "shard_loader", "shard_model"}  # by the cases above
+COVERED |= {"on_preempt", "save_state"}
 
 
 def test_every_factory_of_passes_is_looked_at():
