@@ -158,6 +158,9 @@ def main():
             except Exception:
                 print(f"input {number}", flush=True)
                 raise
+            if sum(ends.values()) % 10_000 == 0:
+                seconds = time.perf_counter() - began
+                print(f"{sum(ends.values())} in {seconds:.0f} s", flush=True)
     for (what, end), count in sorted(ends.items()):
         print(f"{what:10} {end:16} {count}")
     print(f"{args.inputs} inputs in {time.perf_counter() - began:.0f} s")

@@ -113,13 +113,20 @@ def _meeting(job: Job) -> Callable[[str, Any], list[Any]]:
         return lambda where, told: [told]
     store = _torch.prefixed(f"accelx/{job.store.root}", _torch.default_store())
 
-    def meet(where: str, told: Any) -> list[Any]:
-        store.set(f"{where}/{env.rank}", json.dumps(told))
-        keys = [f"{where}/{rank}" for rank in range(env.world)]
+    def wait(keys: list[str]) -> list[Any]:
         while not store.check(keys):
             if getattr(sys, "last_value", None) is not None:  # the program has failed
                 raise CheckpointError("the run ended before all ranks had written")
             time.sleep(POLL)
         return [json.loads(store.get(key)) for key in keys]
+
+    def meet(where: str, told: Any) -> list[Any]:
+        store.set(f"{where}/{env.rank}", json.dumps(told))
+        if env.main:  # one rank gathers, so that a thousand ask for one key each
+            keys = [f"{where}/{rank}" for rank in range(env.world)]
+            store.set(where, json.dumps(wait(keys)))
+            for key in keys:
+                store.delete_key(key)
+        return wait([where])[0]
 
     return meet

@@ -9,7 +9,7 @@ from typing import Any
 
 from accelx import storage
 from accelx.errors import CheckpointError, DamagedError
-from accelx.saves.convert_dcp import native, optim_of
+from accelx.saves.convert_dcp import OTHER, native, optim_of
 from accelx.saves.convert_source import Optim, Source, held, safetensors, torch_load
 from accelx.storage import Store
 
@@ -29,7 +29,6 @@ LEFT = {  # file -> why it is left out; none of them is opened
     "keep it in a slot: ax.with_slot",
     r"(pytorch_)?model(_fsdp)?_[1-9]\d*(\.\w+)?": "a second model; a state has one",
 }
-OTHER = "accelx does not know it"
 
 
 def is_accelerate(names: Mapping[str, Any]) -> bool:
@@ -42,11 +41,11 @@ def read_accelerate(store: Store, trust: bool) -> Source:
     sizes = storage.sizes(store)
     model, used = _model(store, sizes, trust)
     optims = list(_optims(store, sizes, trust))
-    schedules = {n: torch_load(store, n) for n in _numbered("scheduler", sizes)}
-    scaler = torch_load(store, SCALER) if SCALER in sizes else None
+    schedules = {n: _state(store, n) for n in _numbered("scheduler", sizes)}
+    scaler = _state(store, SCALER) if SCALER in sizes else None
     used |= {SCALER, OPTIM, *schedules, *(optim.where for optim in optims)}
     left = tuple((n, _why(n)) for n in sorted(sizes) if n not in used)
-    return Source("accelerate", model, optims, schedules, scaler, left)
+    return Source(model, optims, schedules, scaler, left)
 
 
 def _why(name: str) -> str:
@@ -86,7 +85,7 @@ def _in(store: Store, name: str) -> Iterator[tuple[str, Any]]:
     if name.endswith(".safetensors"):
         yield from ((b.name, b.lazy) for b in safetensors(store, name))
         return
-    for key, value in torch_load(store, name).items():
+    for key, value in _state(store, name).items():
         yield key, held(value) if hasattr(value, "dtype") else value
 
 
@@ -115,10 +114,32 @@ def _optims(store: Store, sizes: Mapping[str, Any], trust: bool) -> Iterator[Opt
         leaves = native(storage.inside(store, OPTIM), trust)
         yield optim_of(OPTIM, leaves.under("optimizer"))
     for name in _numbered("optimizer", sizes):
-        raw = torch_load(store, name)
-        if not isinstance(raw, dict) or set(raw) != {"state", "param_groups"}:
+        raw = _state(store, name)
+        groups, state = raw.get("param_groups"), raw.get("state")
+        if not (
+            isinstance(groups, list)
+            and isinstance(state, dict)
+            and all(isinstance(words, dict) for words in state.values())
+            and all(isinstance(g, dict) and _listed(g.get("params")) for g in groups)
+        ):
             raise CheckpointError(
                 f"{store.url}/{name} wants an optimizer's state_dict, got "
                 f"{str(raw)[:80]}; accelx knows no other form"
             )
-        yield Optim(name, raw["param_groups"], raw["state"])
+        yield Optim(name, groups, state)
+
+
+def _listed(names: Any) -> bool:
+    """Whether these are parameters: names or positions."""
+    return isinstance(names, list) and all(type(n) in (int, str) for n in names)
+
+
+def _state(store: Store, name: str) -> dict[str, Any]:
+    """What a state_dict() was, from its file."""
+    raw = torch_load(store, name)
+    if not isinstance(raw, dict):
+        raise CheckpointError(
+            f"{store.url}/{name} wants to hold a state_dict, got "
+            f"{type(raw).__name__}; accelx knows no other form"
+        )
+    return raw

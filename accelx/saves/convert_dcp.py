@@ -29,6 +29,7 @@ from accelx.saves.memory import inside
 from accelx.storage import Store
 
 METADATA = ".metadata"
+OTHER = "accelx does not know this file"
 EXTRA = "_extra_state"  # of a module, by torch's name for it
 WORDS = {
     "model": ("model",),
@@ -43,6 +44,7 @@ class Leaves:
     """What a folder holds by its full name, and the path that the name is made of."""
 
     of: Mapping[str, Any]
+    files: frozenset[str]  # that it lies in
     paths: Mapping[str, tuple[Any, ...]]  # of keys, and of indices of lists
 
     def under(self, key: str) -> dict[str, Any]:
@@ -53,12 +55,12 @@ class Leaves:
 
 def read_dcp(store: Store, trust: bool, keys: Keys | None = None) -> Source:
     """The checkpoint that `dcp.save` wrote to the folder. Reads names and places."""
-    return _sorted(native(store, trust), keys, "dcp", store.url)
+    return _sorted(store, native(store, trust), keys)
 
 
 def read_safetensors(store: Store, keys: Keys | None = None) -> Source:
     """The safetensors files of a folder, slices of one tensor put together."""
-    return _sorted(shards(store), keys, "safetensors", store.url)
+    return _sorted(store, shards(store), keys)
 
 
 def native(store: Store, trust: bool) -> Leaves:
@@ -102,7 +104,8 @@ def _leaves(store: Store, raw: Any, sizes: Mapping[str, int | None]) -> Leaves:
             found[name] = Pickled(partial(_load, store, places[name, ()]))
         else:
             found[name] = _tensor(store, name, one, places)
-    return Leaves(found, split)
+    files = frozenset(info.relative_path for info in places.values())
+    return Leaves(found, files | {METADATA}, split)
 
 
 def _tensor(store: Store, name: str, one: Any, places: Mapping[Any, Any]) -> Lazy:
@@ -169,10 +172,11 @@ def _whole(
 def shards(store: Store) -> Leaves:
     """Every safetensors file of the folder; slices as HuggingFaceStorageWriter cuts."""
     blocks: dict[str, list[Any]] = {}
-    for file in sorted(storage.sizes(store)):
-        if file.endswith(".safetensors"):
-            for block in safetensors(store, file):
-                blocks.setdefault(block.name, []).append(block)
+    names = frozenset(storage.sizes(store))
+    files = frozenset(name for name in names if name.endswith(".safetensors"))
+    for file in sorted(files):
+        for block in safetensors(store, file):
+            blocks.setdefault(block.name, []).append(block)
     found: dict[str, Any] = {}
     for name, each in blocks.items():
         pieces: dict[Box, Any] = {}
@@ -180,16 +184,20 @@ def shards(store: Store) -> Leaves:
             lo = block.offsets or (0,) * len(block.lazy.shape)
             hi = tuple(a + n for a, n in zip(lo, block.lazy.shape, strict=True))
             if Box(lo, hi) in pieces:
-                raise DamagedError(f"{store.url} holds {name!r} from {lo} twice")
+                raise CheckpointError(
+                    f"{store.url} wants each weight once, got {name!r} in two of "
+                    f"{', '.join(sorted(files)[:5])}; keep the files of one save"
+                )
             pieces[Box(lo, hi)] = block.lazy.read
         shape = tuple(max(ends) for ends in zip(*(b.hi for b in pieces), strict=True))
         full = {box: read for box, read in pieces.items() if box.volume}
         found[name] = _whole(store.url, name, each[0].lazy.dtype, shape, full)
-    return Leaves(found, {name: (name,) for name in found})
+    files |= {name for name in names if name.endswith(".safetensors.index.json")}
+    return Leaves(found, files, {name: (name,) for name in found})
 
 
-def _sorted(leaves: Leaves, keys: Keys | None, kind: str, url: str) -> Source:
-    chosen = _chosen(leaves, keys, url)
+def _sorted(store: Store, leaves: Leaves, keys: Keys | None) -> Source:
+    chosen = _chosen(leaves, keys, store.url)
     taken = [key for each in chosen.values() for key in each]
     model = dict[str, Any]()
     for key in chosen.get("model", ()):
@@ -199,8 +207,9 @@ def _sorted(leaves: Leaves, keys: Keys | None, kind: str, url: str) -> Source:
         for name, path in leaves.paths.items()
         if not any(key == "" or name.startswith(f"{key}.") for key in taken)
     }
+    others = sorted(set(storage.sizes(store)) - leaves.files)
+    left |= dict.fromkeys(others, OTHER)
     return Source(
-        kind,
         model,
         [optim_of(k, leaves.under(k)) for k in chosen.get("optim", ())],
         {k: _nested(leaves, k) for k in chosen.get("scheduler", ())},

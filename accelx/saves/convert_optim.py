@@ -140,10 +140,8 @@ def _same_shapes(where: str, name: str, p: Tensor, words: Mapping[str, Any]) -> 
 
 def updates(found: Sequence[Optim]) -> int | None:
     """How many updates were made, if an optimizer counts them."""
-    counts = [
-        int(value(words["step"]))
-        for one in found
-        for words in one.state.values()
-        if "step" in words
-    ]
-    return max(counts, default=None)
+    held = (w["step"] for one in found for w in one.state.values() if "step" in w)
+    counts = [float(v) for v in map(value, held) if isinstance(v, int | float | Tensor)]
+    if not all(count >= 0 and count.is_integer() for count in counts):
+        return None
+    return int(max(counts)) if counts else None

@@ -53,7 +53,6 @@ class Optim:
 class Source:
     """A checkpoint of another tool; what is in `left_out` says why."""
 
-    kind: str
     model: Mapping[str, Any]
     optims: Sequence[Optim] = ()
     schedules: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict)
@@ -176,6 +175,8 @@ def _block(
         return out
 
     offsets = tuple(int(n) for n in cut["saved_offsets"]) if cut else None
+    if offsets is not None and len(offsets) != len(shape):
+        raise _damaged(what, f"{name!r} {list(shape)} at {list(offsets)}")
     return Block(name, offsets, Lazy(dtype, shape, read))
 
 

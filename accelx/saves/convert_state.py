@@ -18,6 +18,7 @@ from accelx.saves.optim import describe, names_of
 from accelx.saves.typed import encode
 
 SCHEDULE, SCALE = "slots.with_schedule", "slots.loss_scale"
+WORDS = ("groups", "state")
 
 
 @attrs.define(eq=False)
@@ -126,9 +127,10 @@ def _fitted(
             faults.append(f"{name} is in model= and not in it")
             continue
         made[name] = theirs[there[0]]
-        shapes = {tuple(theirs[n].shape) for n in there if isinstance(theirs[n], Lazy)}
-        if shapes != {tuple(tensor.shape)}:
-            faults.append(f"{name} is {list(*shapes)} in it, {list(tensor.shape)} here")
+        shapes = [list(theirs[n].shape) for n in there if isinstance(theirs[n], Lazy)]
+        if any(shape != list(tensor.shape) for shape in shapes) or not shapes:
+            came = " and ".join(map(str, shapes)) or "no tensor"
+            faults.append(f"{name} is {came} in it and {list(tensor.shape)} in model=")
         elif any(not _equal(made[name], theirs[n]) for n in there[1:]):
             faults.append(f"{' and '.join(there)} are one in model= and differ in it")
     if faults:
@@ -153,10 +155,10 @@ def _optimizers(
     bare: Callable[[str], str],
 ) -> bool:
     """Whether there is an optimizer that was carried over."""
-    words = [w for w in ("groups", "state") if takes(made.only, f"optim.0.{w}")]
-    if not words or not source.optims:
+    keys = [f"optim.{i}.{w}" for i in range(len(optimizers) or 1) for w in WORDS]
+    if not source.optims or not any(takes(made.only, key) for key in keys):
         for one in source.optims:
-            made.takes("optim.0.state", one.where)
+            made.takes(keys[0], one.where)
         return False
     if module is None or not optimizers:
         raise CheckpointError(
@@ -244,10 +246,13 @@ def _schedules(made: Made, source: Source, step: int) -> None:
 
 def _moves(state: Mapping[str, Any]) -> int | None:
     """How often a scheduler was stepped; one of several says it by its first."""
-    if "last_epoch" in state:
-        return int(state["last_epoch"])
-    inner = state.get("_schedulers")
-    return _moves(inner[0]) if inner else None
+    count, inner = state.get("last_epoch"), state.get("_schedulers")
+    if count is None and isinstance(inner, list) and isinstance(inner[0], dict):
+        return _moves(inner[0])  # type: ignore[reportUnknownArgumentType]
+    return count if isinstance(count, int) else None
+
+
+_SCALER = {"scale", "growth_interval", "_growth_tracker"}
 
 
 @attrs.frozen
@@ -264,7 +269,8 @@ def _scaler(made: Made, source: Source) -> None:
     state = source.scaler
     if not state:
         return
-    if (state["growth_factor"], state["backoff_factor"]) != (2.0, 0.5):
+    factors = [state.get(f"{way}_factor") for way in ("growth", "backoff")]
+    if factors != [2.0, 0.5] or not state.keys() >= _SCALER:
         why = "accelx's loss scale doubles and halves, and moves by nothing else"
         made.left_out.append(("scaler.pt", why))
     elif made.takes(SCALE, "scaler.pt"):

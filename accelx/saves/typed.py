@@ -121,9 +121,7 @@ def decode(raw: Any, path: str, like: Any, make: Made) -> Any:
     it, for when the tensors are filled: see `settle`. Raises CheckpointError.
     """
     if isinstance(raw, list):
-        return [
-            decode(v, f"{path}.{i}", _at(like, i), make) for i, v in enumerate(raw)
-        ]
+        return [decode(v, f"{path}.{i}", _at(like, i), make) for i, v in enumerate(raw)]
     if not isinstance(raw, dict):
         return raw
     kind = raw.get("$")

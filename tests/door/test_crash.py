@@ -15,7 +15,7 @@ KILLS = {1: 8, 2: 4}  # with each way to save; benchmarks/crash.py does more
 
 @pytest.fixture(scope="module")
 def left(tmp_path_factory):
-    """What runs left that were killed, and what was lost by it: (world, wait) -> list."""
+    """(world, wait) -> what each killed run left, and what it had lost."""
 
     @cache
     def ended(world, wait):

@@ -546,6 +546,44 @@ def test_a_sharded_model_is_read_by_its_index(tmp_path):
         ax.import_state(str(folder), str(tmp_path / "out"), make, grouped)
 
 
+def test_torch_itself_does_not_see_the_hole(tmp_path):
+    """The control: dcp.load takes a folder that lacks half of a weight."""
+    folder = tmp_path / "in"
+    shutil.copytree(GOLDEN / "dcp" / "fsdp2", folder)
+    meta = pickle.loads((folder / ".metadata").read_bytes())
+    cut(meta)
+    (folder / ".metadata").write_bytes(pickle.dumps(meta))
+    into = {"model": {"inner.weight": torch.full((4, 4), 77.0)}}
+    dcp.load(into, checkpoint_id=folder)
+    assert (into["model"]["inner.weight"][2:] == 77).all()
+
+
+def test_other_files_of_a_folder_are_listed(tmp_path):
+    """What lies beside the tensors is named, whichever tool wrote them."""
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}")
+    report = ax.import_state(str(tmp_path), str(tmp_path / "out"))
+    assert [name for name, _ in report.left_out] == ["config.json"]
+    folder = tmp_path / "dcp"
+    dcp.save(make().state_dict(), checkpoint_id=folder)
+    (folder / "notes.txt").touch()
+    report = ax.import_state(str(folder), str(tmp_path / "out"), trust=True)
+    assert [name for name, _ in report.left_out] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("count", [float("nan"), 2.5, -1.0])
+def test_a_count_that_is_none_is_asked_for(tmp_path, count):
+    """A damaged counter of updates is not taken for their number."""
+    model, optimizer, _ = trained(single)
+    for words in optimizer.state.values():
+        words["step"].fill_(count)
+    saved = {"model": model.state_dict(), "optim": optimizer.state_dict()}
+    dcp.save(saved, checkpoint_id=tmp_path / "in")
+    with pytest.raises(ax.CheckpointError, match=r"step=\.\.\."):
+        ax.import_state(str(tmp_path / "in"), str(tmp_path), make, single, trust=True)
+
+
 def reversed_groups(model):
     return torch.optim.AdamW(
         [{"params": [p]} for p in reversed(list(model.parameters()))]
