@@ -80,6 +80,18 @@ def saving(env, rounds, mib):
     return compare.interleaved(ways, rounds, meet)
 
 
+def meet_server(server):
+    """Wait until the server answers, point clients at it, and make the bucket."""
+    host, port = server.stdout.readline().split()
+    os.environ["AWS_ENDPOINT_URL"] = f"http://{host}:{port}"
+    while True:
+        try:
+            boto3.client("s3").create_bucket(Bucket="bucket")
+            break
+        except BotoCoreError:  # it does not listen yet
+            time.sleep(0.1)
+
+
 def main():
     """Serve, measure, write the figures and their table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -90,14 +102,7 @@ def main():
         [sys.executable, "-c", SERVE], stdout=subprocess.PIPE, text=True
     )
     try:
-        host, port = server.stdout.readline().split()
-        os.environ["AWS_ENDPOINT_URL"] = f"http://{host}:{port}"
-        while True:
-            try:
-                boto3.client("s3").create_bucket(Bucket="bucket")
-                break
-            except BotoCoreError:  # it does not listen yet
-                time.sleep(0.1)
+        meet_server(server)
         each = run(1, timeout=3000)(saving)(args.rounds, args.mib)[0]
         found = compare.ratios(each)
     finally:
