@@ -108,6 +108,7 @@ def write(run: Path, files: dict[str, bytes], folder=FOLDER):
     place = run / folder
     place.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
+        (place / name).unlink(missing_ok=True)  # ext4 syncs a file that is overwritten
         (place / name).write_bytes(data)
 
 

@@ -41,9 +41,10 @@ def export(
     """Write weights as safetensors files that transformers' `from_pretrained` reads.
 
     `source` is a URL, as `load_weights` takes: of a checkpoint, say, of any number of
-    ranks; it is read by one process without a process group, in memory of about 32 MiB
-    and the largest row. Or it is (env, state), a run under way: a collective, in which
-    rank 0 writes and one weight is whole at a time; the state is not spent.
+    ranks; it is read by the one process that calls, without a process group, in memory
+    of about 32 MiB and the largest row. Or it is (env, state), a run under way: a
+    collective, in which rank 0 writes and one weight is whole at a time; the state is
+    not spent.
 
     `out` is the URL of a folder without weights. It gets model.safetensors, or
     model-00001-of-00003.safetensors and its like with model.safetensors.index.json, of

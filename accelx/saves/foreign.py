@@ -123,17 +123,19 @@ def read_map(data: bytes, what: str) -> dict[str, str]:
     return files  # type: ignore[reportUnknownVariableType]
 
 
-def opened(store: Store, names: Sequence[str], sizes: Mapping[str, Any]) -> list[File]:
+def read_files(
+    store: Store, names: Sequence[str], sizes: Mapping[str, Any]
+) -> list[File]:
     """The files of those names, by their headers. `sizes` is what lies in the folder.
 
     Reads a header's bytes and no more. Raises CheckpointError for a file that is not
     there.
     """
     with ThreadPoolExecutor(THREADS[store.local], "accelx-header") as pool:
-        return list(pool.map(lambda name: _opened(store, name, sizes.get(name)), names))
+        return list(pool.map(lambda name: _file(store, name, sizes.get(name)), names))
 
 
-def _opened(store: Store, name: str, size: int | None) -> File:
+def _file(store: Store, name: str, size: int | None) -> File:
     what = f"{store.url}/{name}"
     if size is None:
         raise CheckpointError(

@@ -88,7 +88,7 @@ def _files(store: Store, name: str) -> Source:
     if name.endswith(".json"):
         homes = foreign.read_map(storage.read(store, name, foreign.LIMIT), what)
         files = sorted(set(homes.values()))
-    heads = foreign.opened(store, files, sizes)
+    heads = foreign.read_files(store, files, sizes)
     manifest, indices = foreign.as_parts(heads, homes, what)
     return Source(store, manifest, {n: n for n in manifest.tensors}, indices)
 

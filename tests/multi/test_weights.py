@@ -1,6 +1,7 @@
 """Weights of any origin into slices of ranks, and out of them again."""
 
 import contextlib
+import ctypes
 import json
 import re
 import time
@@ -233,6 +234,7 @@ def test_what_fails_on_one_rank_raises_on_all(case, words, loads):
 # Peak memory.
 
 WIDTH = 1024
+M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def wide():
@@ -247,7 +249,12 @@ def peak():
 
 
 def forget_peak():
-    """Begin to count anew; what is in use now, in bytes."""
+    """Begin to count anew; what is in use now, in bytes.
+
+    From here on, what is freed goes back to the system at once: by itself glibc keeps
+    as much again, more or less of it from run to run.
+    """
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 18)
     Path("/proc/self/clear_refs").write_text("5")
     return peak()
 
@@ -284,9 +291,8 @@ def test_no_rank_holds_the_whole_model(tmp_path):
         return loaded, exported, peak() - before, len(kept)
 
     for loaded, exported, control, _ in testing.run(2, timeout=120)(rank)():
-        assert loaded < 0.8 * whole  # its half, and what reading takes
-        # one weight, a block, and what the allocator keeps of others: 26 MiB or less
-        assert exported < 0.5 * whole
+        assert loaded < 0.6 * whole  # its half, and what reading takes
+        assert exported < 0.3 * whole  # one weight of 4 MiB in its copies, and a block
         assert control > 0.95 * whole
     held = {}
     for file in (tmp_path / "out").glob("*.safetensors"):
