@@ -315,7 +315,7 @@ def test_a_checkpoint_is_exported_in_small_memory(tmp_path):
         return peak() - before
 
     (used,) = testing.run(1)(one)()
-    assert used < 20 * MiB
+    assert used < 36 * MiB  # two blocks of 16 and what the allocator keeps
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 6
 
 
