@@ -49,8 +49,11 @@ class _Loading:
     wanted: set[str] = attrs.field(factory=set)
     then: list[Callable[[], None]] = attrs.field(factory=list)
 
-    def make(self, path: str, like: Any, cpu: bool) -> Tensor:
-        """A tensor for what is stored as `path`, lying as `like` does; to be filled."""
+    def make(self, path: str, like: Any, cpu: bool, reuse: bool = False) -> Tensor:
+        """A tensor for what is stored as `path`, lying as `like` does; to be filled.
+
+        With `reuse` it is `like` itself, if that fits.
+        """
         entry = self.manifest.tensors.get(path)
         if entry is None:
             raise CheckpointError(
@@ -59,7 +62,9 @@ class _Loading:
             )
         dtype = getattr(torch, entry.dtype)
         held = isinstance(like, Tensor) and bool(entry.shape)
-        if held and tuple(like.shape) == entry.shape:
+        if reuse and (like.dtype, tuple(like.shape)) == (dtype, entry.shape):
+            made = like
+        elif held and tuple(like.shape) == entry.shape:
             made = torch.empty_like(like, dtype=dtype, requires_grad=False)
         else:
             device = like.device if held else "cpu" if cpu else self.env.device

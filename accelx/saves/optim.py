@@ -101,7 +101,7 @@ def restored_state(
             saved = names.get(own[id(p)], own[id(p)])
             if saved in held:
                 at = f"optim.{i}.state.{saved}"
-                words = _dict(held[saved], at, p, make)
+                words = _dict(held[saved], at, p, _refilling(at, optimizer, p, make))
                 made[p] = {key_of(k): v for k, v in words.items()}
 
     def install() -> None:
@@ -109,6 +109,17 @@ def restored_state(
         optimizer.state.update(settle(made))
 
     return install
+
+
+def _refilling(at: str, optimizer: Any, p: Any, make: Made) -> Made:
+    """`make`, but what the optimizer has of `p` already is filled where it lies."""
+    now = optimizer.state.get(p, {})
+    there = {f"{at}.{word(k)}": v for k, v in now.items() if isinstance(v, Tensor)}
+
+    def made(path: str, like: Any, cpu: bool, reuse: bool = False) -> Tensor:
+        return make(path, there.get(path, like), cpu, reuse or path in there)
+
+    return made if there else make
 
 
 def groups_in(i: int, raw: Any) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -86,19 +87,37 @@ def reader(
     """
     indices = dict(known or {})
     readers: dict[int, Fill] = {}
-    workers = ThreadPoolExecutor(THREADS[store.local], "accelx-read")
+    count = THREADS[store.local]
+    workers = ThreadPoolExecutor(count, "accelx-read")
     with ExitStack() as stack, workers as pool:  # the pool ends before files close
         run = _runner(store, manifest, readers, checked)
 
         def read(wants: Iterable[Want]) -> int:
-            jobs = list(_jobs(store, manifest, wants, indices, checked))
+            jobs = deque(_jobs(store, manifest, wants, indices, checked))
             for part in dict.fromkeys(job.part for job in jobs):
                 if part not in readers:
-                    opened = storage.reading(store, manifest.parts[part].file)
-                    readers[part] = stack.enter_context(opened)
-            return sum(pool.map(run, jobs))
+                    file = storage.reading(store, manifest.parts[part].file)
+                    readers[part] = stack.enter_context(file)
+            each = [pool.submit(_drained, jobs, run) for _ in range(count)]
+            return sum(one.result() for one in each)
 
         yield read
+
+
+def _drained(jobs: deque[_Job], run: Callable[[_Job], int]) -> int:
+    """Do what is left of `jobs`, beside other threads; a future for each costs more."""
+    count = 0
+    try:
+        while jobs:
+            try:
+                job = jobs.popleft()
+            except IndexError:  # another thread took the last one
+                break
+            count += run(job)
+    except BaseException:
+        jobs.clear()  # nobody waits for the rest
+        raise
+    return count
 
 
 def _jobs(

@@ -16,7 +16,7 @@ from accelx.errors import CheckpointError
 from accelx.saves import check
 
 Keep = Callable[[str, Tensor], None]  # stores a tensor under a name
-Made = Callable[[str, Any, bool], Tensor]  # (name, like, on CPU) -> one to be filled
+Made = Callable[..., Tensor]  # (name, like, on CPU, reuse like) -> one to be filled
 LEVELS = 16  # of nesting; each is up to three of JSON, of which strict.DEPTH are read
 BITS = 63  # of an integer that JSON readers take as it is
 KEYS = (str, int, bool, float, type(None))
