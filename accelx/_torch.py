@@ -184,6 +184,13 @@ def name_of(func: Any) -> str:
     return func._schema.name.split("::")[1]
 
 
+def local_of(tensor: Any) -> Tensor:
+    """This rank's slice of a DTensor, without gradients; `to_local` takes 40 us."""
+    local = tensor._local_tensor
+    plain = type(local) is Tensor  # not one that is still on its way
+    return (local if plain else tensor.detach().to_local()).detach()
+
+
 def local_box(
     shape: tuple[int, ...],
     mesh_shape: tuple[int, ...],

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from accelx import _torch
 from accelx.errors import CheckpointError
-from accelx.saves.memory import flat
 from accelx.saves.save import Job, run
 from accelx.saves.write import Slab
 
@@ -100,7 +99,7 @@ def _copy(slabs: Sequence[Slab], copies: Sequence[Slab]) -> None:
 
     def half(first: int) -> None:
         for slab, copy in zip(slabs[first::2], copies[first::2], strict=True):
-            copy.data.copy_(flat(slab.data))
+            copy.data.copy_(slab.data)
 
     with ThreadPoolExecutor(2, "accelx-copy") as pool:
         for _ in pool.map(half, range(2)):

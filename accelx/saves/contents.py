@@ -76,7 +76,7 @@ def _keeper(tensors: dict[str, Tensor]) -> Callable[[str, Tensor], None]:
                 f"a tensor's name wants at most {LONG} characters, but "
                 f"{name[:80]!r}... has {len(name)}; put it under a shorter key"
             )
-        tensors[name] = tensor.detach()
+        tensors[name] = tensor
 
     return keep
 

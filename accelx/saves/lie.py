@@ -79,12 +79,17 @@ def box_at(tensor: Any, coordinate: Sequence[int]) -> Box | None:
     return Box(offset, tuple(o + n for o, n in zip(offset, size, strict=True)))
 
 
-def here(tensor: Tensor) -> tuple[Box | None, Tensor]:
-    """Which box of `tensor` this rank holds, and the memory that it lies in."""
+def here(tensor: Tensor, memo: dict[Any, Any]) -> tuple[Box | None, Tensor]:
+    """Which box of `tensor` this rank holds, and the memory that it lies in.
+
+    `memo` is the caller's, for tensors that lie alike.
+    """
     if not _torch.is_dtensor(tensor):
         box = whole(tensor.shape)
-        return (None if 0 in tensor.shape else box), tensor
+        return (None if 0 in tensor.shape else box), tensor.detach()
     one: Any = tensor
-    coordinate = one.device_mesh.get_coordinate()
-    box = None if coordinate is None else box_at(one, coordinate)
-    return box, one.to_local()
+    key = (tuple(one.shape), id(one.device_mesh), one.placements, "here")
+    if key not in memo:
+        coordinate = one.device_mesh.get_coordinate()
+        memo[key] = None if coordinate is None else box_at(one, coordinate)
+    return memo[key], _torch.local_of(one)

@@ -48,6 +48,7 @@ class _Loading:
     wants: list[Want] = attrs.field(factory=list)
     wanted: set[str] = attrs.field(factory=set)
     then: list[Callable[[], None]] = attrs.field(factory=list)
+    boxes: dict[Any, Any] = attrs.field(factory=dict)  # memo of `here`
 
     def make(self, path: str, like: Any, cpu: bool, reuse: bool = False) -> Tensor:
         """A tensor for what is stored as `path`, lying as `like` does; to be filled.
@@ -77,9 +78,9 @@ class _Loading:
         if path in self.wanted:
             raise check.damaged("the manifest", f"the tensor {path} in two places")
         self.wanted.add(path)
-        box, local = here(tensor.detach())
+        box, local = here(tensor, self.boxes)
         if box is not None:
-            self.wants.append(Want(path, box, local.detach()))
+            self.wants.append(Want(path, box, local))
 
 
 def load(

@@ -24,8 +24,9 @@ def view(tensor: Tensor) -> memoryview:
 
 def flat(tensor: Tensor) -> Tensor:
     """The elements of `tensor` as bytes, (n,) uint8; a view where it is contiguous."""
-    tensor = tensor.detach().resolve_conj().resolve_neg()  # marks without bytes
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    if tensor.is_conj() or tensor.is_neg():  # marks without bytes
+        tensor = tensor.resolve_conj().resolve_neg()
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def chunks(data: Tensor, size: int) -> Iterator[memoryview]:

@@ -148,14 +148,14 @@ def _agree(
 
 
 def _slabs(env: Env, plan: Plan, held: Contents) -> list[Slab]:
-    slabs = list[Slab]()
+    slabs, memo = list[Slab](), dict[Any, Any]()
     for name, piece, box in plan.of(env.rank):
         entry = plan.entries[name]
-        outer, local = here(held.tensors[name])
+        outer, local = here(held.tensors[name], memo)
         if held.lies[name].slices is not None and outer != box:
             outer = box  # a row of a rank's own, or a slice of a DTensor: all of it
         assert outer is not None
-        data = flat(inside(local, box, outer)) if local.dim() else flat(local)
+        data = flat(local if box == outer else inside(local, box, outer))
         slabs.append(Slab(name, entry.number, piece, entry.dtype, box.shape, data))
     return slabs
 
@@ -167,7 +167,9 @@ def run(job: Job, meet: Meet) -> str:
     fails; nothing is committed then. Effects: files under the job's folder.
     """
     told = _attempt(
-        lambda: attrs.astuple(write_part(job.store, job.env.rank, job.slabs))
+        lambda: attrs.astuple(
+            write_part(job.store, job.env.rank, job.slabs, job.env.local_world)
+        )
     )
     parts = _all(job, meet("written", told), "write its slices")
     told = _attempt(lambda: _commit(job, parts)) if job.env.main else (True, None)

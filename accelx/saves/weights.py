@@ -203,13 +203,12 @@ def _renaming(missing: list[str], over: list[str]) -> str:
 
 def _fill(source: Source, held: Mapping[str, Tensor], fit: Fit) -> int:
     """Read this rank's slices into their memory; the bytes that were read."""
-    wants: list[Want] = []
+    wants, memo = list[Want](), dict[Any, Any]()
     twins: list[tuple[str, Tensor, Tensor]] = []
     for name, keys in fit.keys.items():
-        box, local = here(held[name].detach())
+        box, local = here(held[name], memo)
         if box is None:
             continue
-        local = local.detach()
         wants += [Want(key, box, local) for key in keys[:1]]
         for key in keys[1:]:  # two tensors in the file for one here
             twin = torch.empty_like(local)

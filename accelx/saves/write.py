@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
 import attrs
 from torch import Tensor
@@ -37,23 +39,27 @@ class Slab:
         return self.data.numel()
 
 
-def write_part(store: Store, number: int, slabs: Sequence[Slab]) -> Part:
+def write_part(
+    store: Store, number: int, slabs: Sequence[Slab], neighbours: int = 1
+) -> Part:
     """Write this rank's slices and their index. Durable, and checked, on return.
 
-    Digests are taken beside the writing, of the memory that is written; nothing is
-    copied, so it must not change meanwhile.
+    Digests are taken of the memory that is written, beside the writing where the
+    `neighbours` on this machine, this rank counted in, leave a core for it. Nothing is
+    copied, so the memory must not change meanwhile.
     """
     file, index = f"rank-{number:05d}.safetensors", f"rank-{number:05d}.json"
     head = header(slabs)
     size = len(head) + sum(slab.size for slab in slabs)
     taken: list[list[Future[str]]] = [[] for _ in slabs]
+    spare = _cores() > neighbours
     with ThreadPoolExecutor(1, "accelx-digest") as pool:
 
         def parts() -> Iterator[memoryview]:
             yield memoryview(head)
             for slab, mine in zip(slabs, taken, strict=True):
                 for chunk in chunks(slab.data, CHUNK):
-                    mine.append(_beside(pool, chunk))
+                    mine.append(_beside(pool if spare else None, chunk))
                     yield chunk
 
         storage.write(store, file, parts(), size)
@@ -63,14 +69,21 @@ def write_part(store: Store, number: int, slabs: Sequence[Slab]) -> Part:
     return Part(file, size, index, len(data), digest(data))
 
 
-def _beside(pool: ThreadPoolExecutor, chunk: memoryview) -> Future[str]:
-    """The digest of `chunk`, taken in the pool, or here in a program that ends."""
-    try:
-        return pool.submit(digest, chunk)
-    except RuntimeError:  # Python 3.12 and later start no thread any more
-        taken = Future[str]()
-        taken.set_result(digest(chunk))
-        return taken
+def _cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _beside(pool: ThreadPoolExecutor | None, chunk: memoryview) -> Future[str]:
+    """The digest of `chunk`, taken in the pool, or here where there is none."""
+    if pool is not None:
+        with suppress(RuntimeError):  # a program that ends: Python 3.12 has no threads
+            return pool.submit(digest, chunk)
+    taken = Future[str]()
+    taken.set_result(digest(chunk))
+    return taken
 
 
 def header(slabs: Sequence[Slab]) -> bytes:
