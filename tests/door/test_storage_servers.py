@@ -523,3 +523,61 @@ def test_google_is_asked_for_the_digest(google):
     put(google, "object", b"abc")
     info = google.fs.info(f"{google.root}/object")
     assert base64.b64decode(info["md5Hash"]) == hashlib.md5(b"abc").digest()
+
+
+# A whole run.
+
+
+def disturb(weather):
+    """Now and then a request that fails, of any kind."""
+    if weather is not None:
+        weather.verbs = ("PUT", "POST", "GET", "HEAD", "DELETE")
+        weather.plan = ["pass", "pass", "busy", "pass", "drop", "pass", "lose"] * 40
+        weather.plan += ["pass"]
+
+
+@pytest.mark.parametrize("where", ["bucket", "google", "stormy", "memory"])
+def test_a_run_goes_on_from_a_store(where, request):
+    """Saved, removed, found and loaded over HTTP: the losses of a run with no store."""
+    import accelx as ax
+    from tests import saving
+
+    env, weather = ax.Env(), None
+    store = storage.at("memory://run")
+    if where != "memory":
+        store = request.getfixturevalue(where)
+    if where == "stormy":
+        weather = request.getfixturevalue("weather")
+    disturb(weather)
+    whole, losses = saving.train(saving.chain(env, "ddp"), 7)
+    saves = ax.save_state(env, store.url, every=2, keep=2)
+    saving.train(saving.chain(env, "ddp", saves), 5)
+    disturb(weather)
+    newest = ax.latest(store.url)
+    assert newest is not None
+    assert newest.step == 4
+    loads = ax.load_state(env, store.url, verify="full")
+    state, rest = saving.train(saving.chain(env, "ddp", loads), 7)
+    assert rest == losses[4:]
+    ours, theirs = saving.weights(state), saving.weights(whole)
+    assert all((ours[n] == theirs[n]).all() for n in theirs)
+    assert len([n for n in storage.sizes(store) if n.startswith("step-")]) == 2
+    if weather is not None:
+        assert {"busy", "drop"} <= {fate for *_, fate in weather.seen}
+
+
+def test_weights_come_from_a_store_and_go_to_one(bucket):
+    """export writes to S3 what load_weights reads from there, to the bit."""
+    import torch
+
+    import accelx as ax
+    from tests import saving
+    from tests.laws.training import made
+
+    env = ax.Env()
+    saves = ax.save_state(env, bucket.url, every=2)
+    state, _ = saving.train(saving.chain(env, "ddp", saves), 2)
+    ax.export(bucket.url, f"{bucket.url}-out", max_shard_size="1KB")
+    model = ax.load_weights(f"{bucket.url}-out")(made(seed=9)())
+    for name, tensor in saving.weights(state).items():
+        assert torch.equal(model.state_dict()[name], tensor), name
