@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -96,17 +97,36 @@ class Noted:
 
 @attrs.frozen(eq=False)
 class Began:
-    """Shows a new worker the user's own dataset, then runs the user's function."""
+    """Shows a new worker the user's own dataset, then runs the user's function.
+
+    A signal that the program answers, such as SIGTERM with `on_preempt`, often goes to
+    the whole process group. A worker lets the first one be, or the program would be
+    missing batches before it could answer.
+    """
 
     user: Init
+    answered: tuple[signal.Signals, ...] = ()
 
     def __call__(self, worker: int) -> None:
         """Begin as worker number `worker`."""
         info: Any = get_worker_info()
         # Its own __setattr__ refuses; users change `get_worker_info().dataset` here.
         object.__setattr__(info, "dataset", info.dataset.dataset)
+        for number in self.answered:
+            signal.signal(number, _once)
         if self.user is not None:
             self.user(worker)
+
+
+def _once(number: int, frame: Any) -> None:
+    """Let a signal be; the next of its kind ends the process."""
+    signal.signal(number, signal.SIG_DFL)
+
+
+def _answered() -> tuple[signal.Signals, ...]:
+    """Signals that end a process by default, and that this program answers itself."""
+    each = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+    return tuple(one for one in each if callable(signal.getsignal(one)))
 
 
 @attrs.define(eq=False)
@@ -128,7 +148,7 @@ def pool(
         Noted(dataset),  # pyright: ignore[reportArgumentType]
         batch_sampler=spans,
         collate_fn=collate,
-        worker_init_fn=Began(init),
+        worker_init_fn=Began(init, _answered()),
         **settings,
     )
     return workers, spans

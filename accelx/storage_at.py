@@ -39,8 +39,9 @@ def at(url: str | os.PathLike[str]) -> Store:
     from fsspec.implementations.local import LocalFileSystem
 
     text = os.fspath(url)
-    if "://" not in text:
-        path = os.path.normpath(Path(text).expanduser().absolute())
+    if text.startswith("file:///") or "://" not in text:
+        path = Path(text.removeprefix("file://")).expanduser().absolute()
+        path = os.path.normpath(path)
         return Store(LocalFileSystem(), path.rstrip("/"), True, f"file://{path}")
     shown, protocol = printable(text), text.partition("://")[0]
     if "::" in text:
@@ -65,6 +66,11 @@ def at(url: str | os.PathLike[str]) -> Store:
         raise ValueError(
             f"a store wants a folder, but {shown} names none; write "
             f"{protocol}://bucket/folder"
+        )
+    if re.search("[?#]", root):  # it could not be printed, and so not found again
+        raise ValueError(
+            f"a store wants a folder without ? and # in its name, got {shown} with "
+            "more behind it; name the folder otherwise"
         )
     return Store(fs, root, False, shown)
 

@@ -58,6 +58,9 @@ def load_state(
     read, "full" those of all bytes first, "off" none. fallback: whether to take the
     checkpoint before a damaged one, with a warning.
 
+    Alone, `load_state(env, url)(state)` gives the state back as it was saved and spends
+    the one it was given; gradients that waited for `apply` are dropped.
+
     Raises CheckpointError with names where checkpoint and state do not fit, and
     DamagedError with file, tensor and bytes. Effects: reads the store, fills the model
     in place, collectives.
@@ -89,6 +92,9 @@ def _alone(spec: LoadState) -> Callable[[Any], Any]:
 
         check_state("load_state", state)
         loaded = _restored(spec, state)
+        if loaded.pending:  # gradients of the weights that were there
+            loaded.model.zero_grad(set_to_none=True)
+            loaded = attrs.evolve(loaded, pending=False)
         spend(state, "load_state")
         return loaded
 

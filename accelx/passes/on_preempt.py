@@ -74,11 +74,13 @@ def on_preempt(
 
 def _open(spec: OnPreempt, state: Any) -> Any:
     from accelx.comm_flag import Flag
+    from accelx.saves.contents import model_tensors
     from accelx.saves.preempt import Preempt, listen
-    from accelx.saves.saver import Saver
+    from accelx.saves.saver import Saver, anchored
     from accelx.state import with_slot
 
-    saver = Saver(spec.env, spec.url)
+    model_tensors(state.model)  # raises for a state_dict that could not be loaded
+    saver = Saver(spec.env, anchored(spec.url))
     preempt = Preempt(spec.env, saver, Flag(spec.env), spec.grace)
     listen(preempt, spec.signals)
     return with_slot(state, "on_preempt", preempt)

@@ -85,10 +85,12 @@ def _numbers(**given: Any) -> None:
 
 
 def _open(spec: SaveState, state: Any) -> Any:
+    from accelx.saves.contents import model_tensors
     from accelx.saves.saver import check_select
     from accelx.state import with_slot
 
     _due(spec)
+    model_tensors(state.model)  # raises for a state_dict that could not be loaded
     check_select(state, spec.select)
     return with_slot(state, "save_state", _saver(spec))
 
@@ -111,10 +113,10 @@ def _due(spec: SaveState) -> int:
 
 def _saver(spec: SaveState, like: Any = None) -> Any:
     from accelx.saves.retain import Retain
-    from accelx.saves.saver import Saver
+    from accelx.saves.saver import Saver, anchored
 
     keep = Retain(spec.keep) if isinstance(spec.keep, int) else spec.keep
-    made = Saver(spec.env, spec.url, keep, spec.wait, spec.select)
+    made = Saver(spec.env, anchored(spec.url), keep, spec.wait, spec.select)
     if like is not None:
         made.background = like.background
     return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import math
 import os
 import sys
 import threading
@@ -22,6 +23,7 @@ from accelx.errors import CheckpointError
 from accelx.saves.save import Job, run
 from accelx.saves.write import Slab
 
+PATIENCE = 1800.0  # seconds that a program which ends waits for the other ranks
 POLL = 0.01  # seconds between looks at whether the other ranks have written
 FAILED = 74  # EX_IOERR of sysexits.h: the last save of a run that ends failed
 
@@ -34,6 +36,7 @@ class Background:
     error: BaseException | None = None
     buffer: Tensor | None = None
     watched: bool = False
+    end: float = math.inf  # time.monotonic() after which nobody is waited for
 
     def start(self, job: Job, after: Callable[[Job], None]) -> None:
         """Copy what `job` writes, then write it in a thread. Returns after the copy."""
@@ -44,7 +47,7 @@ class Background:
 
         def work() -> None:
             try:
-                run(job, _meeting(job))
+                run(job, _meeting(job, lambda: self.end))
                 after(job)
             except BaseException as error:  # raised by the next step
                 self.error = error
@@ -85,6 +88,7 @@ class Background:
 
     def _at_exit(self) -> None:
         """A failure that no step is left to raise must not look like success."""
+        self.end = time.monotonic() + PATIENCE
         try:
             self.join()
         except CheckpointError:
@@ -115,19 +119,22 @@ def _before_threads_end(do: Callable[[], None]) -> None:
     register(do)
 
 
-def _meeting(job: Job) -> Callable[[str, Any], list[Any]]:
+def _meeting(job: Job, end: Callable[[], float]) -> Callable[[str, Any], list[Any]]:
     """How threads of all ranks tell each other: by keys of the store, no collective.
 
-    Collectives of a thread would come between those of the training.
+    Collectives of a thread would come between those of the training. After `end()` no
+    rank is waited for: one that is gone may have left no error that this one sees.
     """
     env = job.env
     if env.world == 1:
         return lambda where, told: [told]
     store = _torch.prefixed(f"accelx/{job.store.root}", _torch.default_store())
+    before = getattr(sys, "last_value", None)  # an interactive one of an earlier cell
 
     def wait(keys: list[str]) -> list[Any]:
         while not store.check(keys):
-            if getattr(sys, "last_value", None) is not None:  # the program has failed
+            failed = getattr(sys, "last_value", None) is not before
+            if failed or time.monotonic() > end():
                 raise CheckpointError("the run ended before all ranks had written")
             time.sleep(POLL)
         return [json.loads(store.get(key)) for key in keys]

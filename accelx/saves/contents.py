@@ -93,7 +93,9 @@ def model_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
     """Weights and persistent buffers by name, tied names, and a module's extra state.
 
-    Buffers that are not persistent are left out, as state_dict leaves them out.
+    Buffers that are not persistent are left out, as state_dict leaves them out. Raises
+    CheckpointError where a hook or an override has state_dict() give copies, which
+    nothing could be loaded into, or leave out weights that are trained.
     """
     held: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
@@ -107,4 +109,25 @@ def model_tensors(
         else:
             first[id(value)] = name
             held[name] = value
+    _check_own(model, held)
     return held, aliases, extra
+
+
+def _check_own(model: nn.Module, held: Mapping[str, Tensor]) -> None:
+    own = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    there = {id(t) for t in held.values()}
+    odd = [f"{n} is a copy" for n, t in held.items() if own.get(n, t) is not t]
+    odd += [
+        f"{n} is left out"
+        for n, p in model.named_parameters()
+        if p.requires_grad and id(p) not in there and n not in held
+    ]
+    if odd:
+        raise CheckpointError(
+            f"state_dict() of {type(model).__name__} wants to give the weights and "
+            f"buffers themselves, but {', '.join(odd[:5])}; take away the hook or "
+            "override of state_dict that does so, and convert what was saved instead"
+        )

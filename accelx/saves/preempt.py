@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import attrs
 
+from accelx import comm
 from accelx.comm_flag import Flag
 from accelx.errors import CheckpointError
 from accelx.records import Env, Out
@@ -54,12 +55,10 @@ class Preempt(Transient):
 
     def _leave(self, state: State, out: Out | None) -> NoReturn:
         other = state.slots.get("save_state")
-        if other is not None:
-            other.background.join()
-        done = other is not None and (other.url, other.saved) == (
-            self.saver.url,
-            state.position,
-        )
+        done = False
+        if other is not None and self._rested(other):
+            here = self.saver.url, state.position
+            done = (other.url, other.saved) == here
         if not done:
             if other is not None and other.url == self.saver.url:
                 self.saver.select, self.saver.base = other.select, other.base
@@ -74,6 +73,21 @@ class Preempt(Transient):
                 f"leaving with exit code {PREEMPTED}, run it again to go on\n"
             )
         raise SystemExit(PREEMPTED)
+
+    def _rested(self, other: Saver) -> bool:
+        """Wait for the save under way; whether it is whole, and the same on all ranks.
+
+        One that failed is no reason to leave without a save.
+        """
+        told = None
+        try:
+            other.background.join()
+        except CheckpointError as error:
+            told = str(error)
+        failed = [one for one in comm.gather_objects(self.env, told) if one]
+        if failed and self.env.main:
+            sys.stderr.write(f"accelx: saving again before leaving: {failed[0]}\n")
+        return not failed
 
     def _late(self) -> None:
         """Nothing was saved in time: say where the program is, and go."""

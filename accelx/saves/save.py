@@ -100,11 +100,11 @@ def about(step: int, skipped: int, world: int) -> dict[str, Any]:
 
 def _held(
     env: Env, state: State, select: Selector | None
-) -> tuple[Contents, CheckpointError | None]:
+) -> tuple[Contents, Exception | None]:
     """What is saved, or why it cannot be; on several ranks for `_agree` to raise."""
     try:
         return contents(state, env.rank, env.world, env.device, select), None
-    except CheckpointError as error:
+    except Exception as error:  # a state_dict of the user's may raise anything
         if env.world == 1:
             raise
         return Contents({}, {}, {}, {}, {}), error
@@ -126,11 +126,11 @@ def _said(held: Contents, plan: Plan) -> dict[str, str]:
     return said
 
 
-def _agree(
-    env: Env, said: dict[str, str], error: CheckpointError | None, name: str
-) -> str:
+def _agree(env: Env, said: dict[str, str], error: Exception | None, name: str) -> str:
     """Rank 0's name for the folder, once all ranks describe the same state."""
     told = None if error is None else str(error)
+    if told is not None and not isinstance(error, CheckpointError):
+        told = f"{type(error).__name__}: {error}"
     ranks = comm.gather_objects(env, (name, digest(dumps(said)), told))
     for rank, (_, _, failure) in enumerate(ranks):
         if failure is not None:

@@ -13,7 +13,14 @@ from accelx.errors import CheckpointError, CheckpointWarning
 from accelx.match import Selector
 from accelx.records import Env, Mean
 from accelx.saves.background import Background
-from accelx.saves.commit import COMMIT, check_sizes, found, open_manifest
+from accelx.saves.commit import (
+    COMMIT,
+    check_sizes,
+    found,
+    look,
+    open_manifest,
+    step_of,
+)
 from accelx.saves.fingerprint import fingerprints
 from accelx.saves.retain import Retain
 from accelx.saves.save import Job, decide, run
@@ -32,6 +39,7 @@ class Saver(Transient):
     base: Mapping[str, Any] | None = None  # fingerprints of weights that are left out
     background: Background = attrs.field(factory=Background)
     saved: int = -1  # the position that was saved last
+    told: bool = False  # whether it was looked for what a user should hear once
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Saver:
         return self  # a fork saves to the same place
@@ -46,9 +54,9 @@ class Saver(Transient):
         self.saved = state.position
         if wait:
             url = run(job, lambda _, told: comm.gather_objects(self.env, told))
-            self._retain(job)
+            self._after(job)
             return url
-        self.background.start(job, self._retain)
+        self.background.start(job, self._after)
         return job.store.url
 
     def _fingerprints(self, left: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -56,10 +64,19 @@ class Saver(Transient):
             self.base = fingerprints(self.env, left) if left else {}
         return self.base
 
-    def _retain(self, job: Job) -> None:
-        """Remove what `keep` lets go, once the new commit has been read back."""
-        if self.keep is None or not self.env.main:
+    def _after(self, job: Job) -> None:
+        """What rank 0 does once a save is committed."""
+        if not self.env.main:
             return
+        if not self.told:
+            self.told = True
+            _say_later(self.url, job)
+            _say_unscored(self.keep, job)
+        if self.keep is not None:
+            self._retain(job, self.keep)
+
+    def _retain(self, job: Job, keep: Retain) -> None:
+        """Remove what `keep` lets go, once the new commit has been read back."""
         try:
             listing = found(self.url)
             new = next((one for one in listing if one.url == job.store.url), None)
@@ -69,7 +86,7 @@ class Saver(Transient):
         except (OSError, CheckpointError) as error:
             _warn(f"{job.store.url} was not read back, so no older one goes", error)
             return
-        for one in self.keep(listing):
+        for one in keep(listing):
             if one.name != new.name:
                 try:
                     storage.remove_folder(storage.at(one.url), first=[COMMIT])
@@ -80,6 +97,47 @@ class Saver(Transient):
 def _warn(what: str, error: Exception) -> None:
     """Say that no room was made: the run goes on, since nothing is wrong with it."""
     warnings.warn(f"{what}: {error}", CheckpointWarning, stacklevel=2)
+
+
+def _say_later(url: str, job: Job) -> None:
+    """Warn of checkpoints of later steps: a run that went back is not gone on with."""
+    step = job.manifest.about["step"]
+    store = storage.at(url)
+    try:
+        names = [n for n in storage.sizes(store) if (step_of(n) or 0) > step]
+        later = [n for n in names if look(storage.inside(store, n), n).commit]
+    except OSError as error:
+        _warn(f"{store.url} could not be looked through for later steps", error)
+        return
+    if later:
+        warnings.warn(
+            f"step {step} was saved under {store.url}, where {max(later)} is of a "
+            "later step: load_state takes that one, and keep=... counts it. After "
+            "going back, save under another URL, or remove what you went back from",
+            CheckpointWarning,
+            stacklevel=2,
+        )
+
+
+def _say_unscored(keep: Any, job: Job) -> None:
+    """Warn of a metric that no save has, since the best would not be kept."""
+    best = getattr(keep, "best", None)
+    if best and job.metrics and best[0] not in job.metrics:
+        warnings.warn(
+            f"retain(best=...) wants a metric of the step, got {best[0]!r}, and the "
+            f"step has {', '.join(job.metrics)}; return it in a dict as the loss's aux",
+            CheckpointWarning,
+            stacklevel=2,
+        )
+
+
+def anchored(url: str) -> str:
+    """`url`, or for a path the absolute one: a later chdir must not move a run.
+
+    Raises what `storage.at` raises for a URL that nothing could be saved under.
+    """
+    store = storage.at(url)
+    return (store.root or "/") if store.local else url
 
 
 def check_select(state: State, select: Selector | None) -> None:
