@@ -1,6 +1,6 @@
 """Saving and loading a model with its AdamW on a local disk, beside the peers.
 
-    python benchmarks/save.py [--rounds 5] [--mib 840]
+    python benchmarks/save.py [--rounds 5] [--mib 840] [--ranks 2]
 
 One rank (plain) and two (fsdp2). The same tensors go through each way; the first row of
 each table is the limit: `dd` of as many bytes. "synced" counts until the disk has them,
@@ -286,7 +286,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--mib", type=int, default=840)
     parser.add_argument("--only", default="saving,stalls,loading")
-    parser.add_argument("--ranks", default="1,2")
+    parser.add_argument("--ranks", default="1")
     args = parser.parse_args()
     found = {}
     kinds = {"saving": saving, "stalls": stalls, "loading": loading}
@@ -300,7 +300,8 @@ def main():
                     for k, v in found.items():
                         print(f"{k:50} {v['ratio']:.3f} {v['seconds']:.3f}", flush=True)
     title = f"Saving and loading {args.mib} MiB of weights and AdamW, local disk"
-    compare.write("save", title, GOALS, found, unit="ms", per=1e3, rounds=args.rounds)
+    name = "save" if args.ranks == "1" else f"save_{args.ranks.replace(',', '_')}"
+    compare.write(name, title, GOALS, found, unit="ms", per=1e3, rounds=args.rounds)
 
 
 if __name__ == "__main__":

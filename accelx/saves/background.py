@@ -99,12 +99,19 @@ class Background:
 
 
 def _copy(slabs: Sequence[Slab], copies: Sequence[Slab]) -> None:
-    """Fill `copies` with the bytes of `slabs`. Two threads, since the step waits."""
+    """Fill `copies` with the bytes of `slabs`. Two threads, since the step waits.
+
+    Not off a device: each thread has a stream of its own, and this one's is trained on.
+    """
 
     def half(first: int) -> None:
         for slab, copy in zip(slabs[first::2], copies[first::2], strict=True):
             copy.data.copy_(slab.data)
 
+    if any(slab.data.device.type != "cpu" for slab in slabs):
+        half(0)
+        half(1)
+        return
     with ThreadPoolExecutor(2, "accelx-copy") as pool:
         for _ in pool.map(half, range(2)):
             pass

@@ -137,6 +137,11 @@ def anchored(url: str) -> str:
     Raises what `storage.at` raises for a URL that nothing could be saved under.
     """
     store = storage.at(url)
+    if step_of(store.root.rpartition("/")[2]) is not None:
+        raise ValueError(
+            f"a run wants a folder for its checkpoints, got {store.url}, which is "
+            "named as one checkpoint is, and would be taken for it; name the one above"
+        )
     return (store.root or "/") if store.local else url
 
 

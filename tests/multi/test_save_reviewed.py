@@ -326,3 +326,11 @@ def test_a_program_that_ends_waits_for_a_lost_rank_for_a_while(tmp_path):
     assert [one.returncode for one in ranks] == [FAILED, 9], said
     assert "the run ended before all ranks had written" in said[0][1]
     assert ax.latest(folder) is None
+
+
+def test_a_folder_named_as_a_checkpoint_is_none_to_save_under(tmp_path):
+    """It would be taken for one when the run goes on."""
+    folder = tmp_path / "step-0000000001-12345678"
+    saves = ax.save_state(ax.Env(), folder, every=1)
+    with pytest.raises(ValueError, match="named as one checkpoint is"):
+        saving.train(saving.chain(ax.Env(), "ddp", saves), 1)
