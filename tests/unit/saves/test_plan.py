@@ -183,7 +183,7 @@ def test_a_dtensor_lies_as_its_own_ranks_hold_it(ranks, mesh, placements, shape)
             shape=torch.Size(shape),
             stride=torch.empty(shape).stride(),
         )
-        seen[rank] = lie("w", one, {}), here(one)
+        seen[rank] = lie("w", one, {}), here(one, {})
     every = {how for how, _ in seen.values()}
     assert len(every) == 1
     (how,) = every
