@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import attrs
 
-from accelx import comm, storage
+from accelx import storage
 from accelx.errors import CheckpointError, CheckpointWarning, DamagedError
 from accelx.records import Env
 from accelx.saves.commit import (
@@ -22,6 +21,7 @@ from accelx.saves.commit import (
 )
 from accelx.saves.load import Only, Rename, load
 from accelx.saves.manifest import Manifest
+from accelx.saves.together import Failure, from_main, outcome
 from accelx.state import State, Transient
 from accelx.storage import Store
 
@@ -66,11 +66,11 @@ def restored(env: Env, state: State, url: str, wish: Wish) -> State:
         install, failure = _tried(env, state, one, wish)
         if install is not None:
             return _noted(install(), Loaded(one.url, one.step, tuple(skipped)))
-        damaged, error = failure
-        if not damaged or not wish.fallback:
-            raise (DamagedError if damaged else CheckpointError)(error)
-        skipped.append(f"{one.name}: {error}")
-        _say(env, [f"{one.name} was passed over, the one before is taken: {error}"])
+        assert failure is not None
+        if not wish.fallback or not (failure.damaged or failure.unread):
+            raise failure.error
+        skipped.append(f"{one.name}: {failure.text}")
+        _say(env, [f"{one.name} was passed over, the one before taken: {failure.text}"])
     raise DamagedError(
         f"load_state wants a checkpoint under {storage.at(url).url} that can be read, "
         f"but all are damaged:\n  {chr(10).join(skipped)}"
@@ -90,22 +90,15 @@ def _say(env: Env, lines: list[str]) -> None:
 
 def _offered(env: Env, url: str) -> tuple[list[Found], list[Found]]:
     """Checkpoints to try, newest first, and those whose commit is damaged."""
-    said: tuple[Any, Any] = (None, None)
-    if env.main:
-        try:
-            said = _listed(url), None
-        except DamagedError as error:
-            said = None, error
-        except Exception as error:  # told to all ranks, each of which raises it
-            said = None, f"{type(error).__name__}: {error}"
-    listing, error = comm.gather_objects(env, said)[0]
-    if isinstance(error, DamagedError):  # the one checkpoint that was named
-        raise DamagedError(str(error))
-    if error is not None:
+    try:
+        listing = from_main(env, lambda: _listed(url))
+    except DamagedError:  # the one checkpoint that was named
+        raise
+    except Exception as error:
         raise CheckpointError(
             f"load_state wants to list {storage.at(url).url}, but: {error}; mend the "
             "URL or the store"
-        )
+        ) from error
     whole = [one for one in listing if one.commit is not None]
     newest = whole[-1].step if whole else -1
     odd = [one for one in listing if one.commit is None and one.step >= newest]
@@ -122,32 +115,14 @@ def _listed(url: str) -> list[Found]:
 
 def _tried(
     env: Env, state: State, one: Found, wish: Wish
-) -> tuple[Callable[[], State] | None, tuple[bool, str]]:
-    """What installs a checkpoint that was read, or whether it is damaged, and how."""
-    opened, failure = _together(env, lambda: _opened(env, one))
+) -> tuple[Callable[[], State] | None, Failure | None]:
+    """What installs a checkpoint that was read, or why none of the ranks does."""
+    opened, failure = outcome(env, lambda: _opened(env, one))
     if opened is None:
         return None, failure
     store, manifest = opened
     rest = wish.rename, wish.only, wish.verify
-    return _together(env, lambda: load(env, state, store, manifest, *rest))
-
-
-def _together(env: Env, do: Callable[[], Any]) -> tuple[Any, tuple[bool, str]]:
-    """What `do` gives, if it does on all ranks; or whether it was damage, and how."""
-    result, told = None, None
-    try:
-        result = do()
-    except Exception as error:  # told to all ranks, each of which raises it
-        damaged = isinstance(error, DamagedError | OSError)
-        told = damaged, str(error) or type(error).__name__
-        if not isinstance(error, CheckpointError | OSError) and env.world == 1:
-            raise
-    ranks = comm.gather_objects(env, told)
-    failed = [(r, t) for r, t in enumerate(ranks) if t is not None]
-    if not failed:
-        return result, (False, "")
-    rank, (damaged, text) = failed[0]
-    return None, (damaged, text if env.world == 1 else f"rank {rank}: {text}")
+    return outcome(env, lambda: load(env, state, store, manifest, *rest))
 
 
 def _opened(env: Env, one: Found) -> tuple[Store, Manifest]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from accelx.errors import CheckpointError
 from accelx.match import Selector, fits
+from accelx.records import Env
 from accelx.saves import optim
 from accelx.saves.boxes import Box
 from accelx.saves.check import LONG
@@ -86,6 +87,18 @@ def selected(select: Selector | None, name: str, tensor: Any) -> bool:
     if select is None or not isinstance(tensor, nn.Parameter):
         return True
     return tensor.requires_grad if select == "trainable" else fits(select, name, tensor)
+
+
+def rest(name: str, env: Env, state: State) -> None:
+    """Have the engine make weights what optimizers see. Refuses ranks without one."""
+    placed = state.slots.get("shard_model")
+    if placed is not None:
+        placed.rest()
+    elif env.world > 1:
+        raise CheckpointError(
+            f"{name} wants a model on all {env.world} ranks, but the chain has no "
+            'shard_model, so each rank has its own; add shard_model(env, "ddp")'
+        )
 
 
 def model_tensors(

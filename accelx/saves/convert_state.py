@@ -15,7 +15,7 @@ from accelx.saves.convert_optim import install, updates
 from accelx.saves.convert_source import Lazy, Source, held, value
 from accelx.saves.load import Only, takes
 from accelx.saves.optim import describe, names_of
-from accelx.saves.typed import encode
+from accelx.saves.typed import Kept, encode
 
 SCHEDULE, SCALE = "slots.with_schedule", "slots.loss_scale"
 WORDS = ("groups", "state")
@@ -209,21 +209,6 @@ class _Schedule:
     schedulers: tuple[Any, ...] = ()
 
 
-@attrs.frozen(eq=False)
-class _Scheduler:
-    """An object that is saved by its state_dict."""
-
-    state: Mapping[str, Any]
-
-    def state_dict(self) -> Mapping[str, Any]:
-        """What torch's scheduler gave."""
-        return self.state
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Never called: what is imported is only written."""
-        raise NotImplementedError
-
-
 def _schedules(made: Made, source: Source, step: int) -> None:
     """Schedulers that moved once an update, as accelx's do; a slot has all or none."""
     moves = {where: _moves(state) for where, state in source.schedules.items()}
@@ -240,7 +225,7 @@ def _schedules(made: Made, source: Source, step: int) -> None:
         ]
         return
     if moves and made.takes(SCHEDULE, ", ".join(moves)):
-        slot = _Schedule((), tuple(map(_Scheduler, source.schedules.values())))
+        slot = _Schedule((), tuple(map(Kept, source.schedules.values())))
         made.values[SCHEDULE] = encode(slot, SCHEDULE, made.keep)
 
 

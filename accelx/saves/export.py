@@ -22,7 +22,8 @@ from accelx.saves.read import BLOCK, Read, Want
 from accelx.saves.shards import Item, Shard
 from accelx.saves.source import SHARDS, Source, opened, reading
 from accelx.saves.stream import held_weights, streamed
-from accelx.saves.weights import FLOATS, alike
+from accelx.saves.together import alike
+from accelx.saves.weights import FLOATS
 from accelx.state import State, check_state
 from accelx.storage import Store
 

@@ -79,6 +79,11 @@ def box_at(tensor: Any, coordinate: Sequence[int]) -> Box | None:
     return Box(offset, tuple(o + n for o, n in zip(offset, size, strict=True)))
 
 
+def local_of(tensor: Tensor) -> Tensor:
+    """The memory that this rank holds of `tensor`, without gradients."""
+    return _torch.local_of(tensor) if _torch.is_dtensor(tensor) else tensor.detach()
+
+
 def here(tensor: Tensor, memo: dict[Any, Any]) -> tuple[Box | None, Tensor]:
     """Which box of `tensor` this rank holds, and the memory that it lies in.
 
@@ -86,10 +91,10 @@ def here(tensor: Tensor, memo: dict[Any, Any]) -> tuple[Box | None, Tensor]:
     """
     if not _torch.is_dtensor(tensor):
         box = whole(tensor.shape)
-        return (None if 0 in tensor.shape else box), tensor.detach()
+        return (None if 0 in tensor.shape else box), local_of(tensor)
     one: Any = tensor
     key = (tuple(one.shape), id(one.device_mesh), one.placements, "here")
     if key not in memo:
         coordinate = one.device_mesh.get_coordinate()
         memo[key] = None if coordinate is None else box_at(one, coordinate)
-    return memo[key], _torch.local_of(one)
+    return memo[key], local_of(one)

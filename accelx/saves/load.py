@@ -164,7 +164,7 @@ def _same_base(loading: _Loading, absent: Mapping[str, Tensor]) -> None:
 
 
 def _optimizers(loading: _Loading, state: State, names: Names) -> None:
-    own = optim.names_of(state.model)
+    sides = optim.Sides(optim.names_of(state.model), names.saved, loading.make)
     values = loading.manifest.values
     for i, optimizer in enumerate(state.optimizers):
         for key, restored in (
@@ -172,10 +172,7 @@ def _optimizers(loading: _Loading, state: State, names: Names) -> None:
             (f"optim.{i}.groups", optim.restored_groups),
         ):
             if takes(loading.only, key) and key in values:
-                install = restored(
-                    i, values[key], optimizer, names.saved, own, loading.make
-                )
-                loading.then.append(install)
+                loading.then.append(restored(i, values[key], optimizer, sides))
 
 
 def _slots(loading: _Loading, state: State) -> dict[str, Any]:

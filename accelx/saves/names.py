@@ -16,9 +16,16 @@ from accelx.state import State, Transient
 
 @attrs.frozen
 class Names:
-    """Name of a weight, buffer or extra state here -> its name in the file."""
+    """What a state's weights, buffers and extra states are called in a manifest."""
 
-    saved: Mapping[str, str]
+    manifest: Manifest
+    wanted: Callable[[str], bool]  # whether a thing of that name is to be loaded
+    saved: Mapping[str, str]  # name here -> name in the file, without "model."
+
+    def stored(self, name: str) -> str:
+        """The name under which the tensor called `name` here is stored."""
+        full = f"model.{self.saved.get(name)}"
+        return self.manifest.aliases.get(full, full)
 
 
 def named(
@@ -30,13 +37,13 @@ def named(
     dtype, or tied otherwise.
     """
     held, ties, extra = model_tensors(state.model)
-    saved = _renamed(manifest, rename)
+    names = Names(manifest, wanted, _renamed(manifest, rename))
     every = {*held, *ties, *extra}
     faults = [
-        *_absent(every, saved, wanted),
-        *_other(held, saved, manifest, wanted),
-        *_tied(ties, saved, manifest, wanted),
-        *_training(state, manifest, saved, wanted),
+        *_absent(names, every),
+        *_other(names, held),
+        *_tied(names, ties),
+        *_training(names, state),
     ]
     if faults:
         shown = "\n  ".join(faults[:20]) + ("\n  ..." if faults[20:] else "")
@@ -46,7 +53,9 @@ def named(
             'or say what to load: only=("model.**", "step"), and what has another name '
             'now: rename={"old": "new"}'
         )
-    return Names({n: s for n, s in saved.items() if n in every})
+    return attrs.evolve(
+        names, saved={n: s for n, s in names.saved.items() if n in every}
+    )
 
 
 def _renamed(manifest: Manifest, rename: Any) -> dict[str, str]:
@@ -71,27 +80,19 @@ def _renamed(manifest: Manifest, rename: Any) -> dict[str, str]:
     return found
 
 
-def _absent(
-    every: set[str], saved: Mapping[str, str], wanted: Callable[[str], bool]
-) -> list[str]:
-    missing = [f"model.{n} is not in it" for n in every if n not in saved]
-    over = [
-        f"model.{s} is in it and not here" for n, s in saved.items() if n not in every
-    ]
-    return sorted(f for f in (*missing, *over) if wanted(f.split(" ")[0]))
+def _absent(names: Names, every: set[str]) -> list[str]:
+    saved = names.saved
+    faults = [f"model.{n} is not in it" for n in every if n not in saved]
+    over = [s for n, s in saved.items() if n not in every]
+    faults += [f"model.{s} is in it and not here" for s in over]
+    return sorted(f for f in faults if names.wanted(f.split(" ")[0]))
 
 
-def _other(
-    held: Mapping[str, Any],
-    saved: Mapping[str, str],
-    manifest: Manifest,
-    wanted: Callable[[str], bool],
-) -> list[str]:
+def _other(names: Names, held: Mapping[str, Any]) -> list[str]:
     faults: list[str] = []
     for name, tensor in held.items():
-        full = f"model.{saved.get(name)}"
-        entry = manifest.tensors.get(manifest.aliases.get(full, full))
-        if entry is None or not wanted(f"model.{name}"):
+        entry = names.manifest.tensors.get(names.stored(name))
+        if entry is None or not names.wanted(f"model.{name}"):
             continue
         here = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
         there = f"{entry.dtype} {list(entry.shape)}"
@@ -100,65 +101,44 @@ def _other(
     return faults
 
 
-def _tied(
-    ties: Mapping[str, str],
-    saved: Mapping[str, str],
-    manifest: Manifest,
-    wanted: Callable[[str], bool],
-) -> list[str]:
-    def stored(name: str) -> str:
-        full = f"model.{saved.get(name)}"
-        return manifest.aliases.get(full, full)
-
+def _tied(names: Names, ties: Mapping[str, str]) -> list[str]:
+    saved = names.saved
     return [
         f"model.{a} and model.{b} are one tensor here and two in it"
         for a, b in ties.items()
-        if a in saved and b in saved and stored(a) != stored(b)
-        if saved[a] not in manifest.base and wanted(f"model.{a}")
+        if a in saved and b in saved and names.stored(a) != names.stored(b)
+        if saved[a] not in names.manifest.base and names.wanted(f"model.{a}")
     ]
 
 
-def _training(
-    state: State,
-    manifest: Manifest,
-    saved: Mapping[str, str],
-    wanted: Callable[[str], bool],
-) -> list[str]:
+def _training(names: Names, state: State) -> list[str]:
     """What does not fit of optimizers and slots."""
-    faults: list[str] = []
-    theirs = {k for k in manifest.values if k.startswith("optim.")}
+    values = names.manifest.values
+    theirs = {k for k in values if k.startswith("optim.")}
     ours = {f"optim.{i}.{w}" for i in range(len(state.optimizers)) for w in _OPTIM}
-    faults += [f"{k} is in it and not here" for k in sorted(theirs - ours) if wanted(k)]
-    faults += [f"{k} is not in it" for k in sorted(ours - theirs) if wanted(k)]
     slots = [n for n, s in state.slots.items() if not isinstance(s, Transient)]
-    keys = [f"slots.{n}" for n in slots]
+    absent = [*sorted(ours - theirs), *(f"slots.{n}" for n in slots)]
+    over = sorted(theirs - ours)
+    faults = [f"{k} is in it and not here" for k in over if names.wanted(k)]
     faults += [
-        f"{k} is not in it" for k in keys if k not in manifest.values and wanted(k)
+        f"{k} is not in it" for k in absent if k not in values and names.wanted(k)
     ]
-    return faults + _params(state, manifest, saved, wanted)
+    return faults + _params(names, state)
 
 
 _OPTIM = ("groups", "state")
 
 
-def _params(
-    state: State,
-    manifest: Manifest,
-    saved: Mapping[str, str],
-    wanted: Callable[[str], bool],
-) -> list[str]:
+def _params(names: Names, state: State) -> list[str]:
     faults: list[str] = []
-    names = {id(p): n for n, p in state.model.named_parameters()}
+    own = optim.names_of(state.model)
     for i, optimizer in enumerate(state.optimizers):
-        raw = manifest.values.get(f"optim.{i}.groups")
-        if raw is None or not wanted(f"optim.{i}.state"):
+        raw = names.manifest.values.get(f"optim.{i}.groups")
+        if raw is None or not names.wanted(f"optim.{i}.state"):
             continue
         theirs = {n for g in optim.groups_in(i, raw) for n in g["params"]}
-        ours = {
-            saved.get(names[id(p)], names[id(p)])
-            for g in optimizer.param_groups
-            for p in g["params"]
-        }
+        params = [own[id(p)] for g in optimizer.param_groups for p in g["params"]]
+        ours = {names.saved.get(n, n) for n in params}
         at = f"optim.{i} in it does not move"
         faults += [f"{at} {n}" for n in sorted(ours - theirs)]
         faults += [f"optim.{i} here does not move {n}" for n in sorted(theirs - ours)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import attrs
 from torch import Tensor, nn
 
 from accelx.errors import CheckpointError
@@ -78,30 +79,41 @@ def describe(i: int, optimizer: Any, names: dict[int, str], keep: Keep) -> Any:
     }
 
 
+@attrs.frozen
+class Sides:
+    """How parameters are found in a file, and tensors made for what it has of them."""
+
+    own: Mapping[int, str]  # id of a parameter -> its name here
+    saved: Mapping[str, str]  # name here -> name in the file, where it is another
+    make: Made
+
+    def name_of(self, param: Any) -> str:
+        """The parameter's name in the file."""
+        name = self.own[id(param)]
+        return self.saved.get(name, name)
+
+
 def restored_state(
-    i: int,
-    raw: Any,
-    optimizer: Any,
-    names: Mapping[str, str],
-    own: dict[int, str],
-    make: Made,
+    i: int, raw: Any, optimizer: Any, sides: Sides
 ) -> Callable[[], None]:
     """The state of optimizer `i`, to be filled; what installs it.
 
-    `names` maps names here to names in the file. Raises CheckpointError for another
+    Raises CheckpointError for another
     kind of optimizer, and for a parameter that the file knows nothing of.
     """
     fields = {"class": str, "state": dict, "other": dict}
     check.record(raw, f"optim.{i}.state", fields)
     _same_kind(i, raw, optimizer)
     held = raw["state"]
-    made = _dict(raw["other"], f"optim.{i}.other", optimizer.state, make)
+    made = _dict(raw["other"], f"optim.{i}.other", optimizer.state, sides.make)
     for group in optimizer.param_groups:
         for p in group["params"]:
-            saved = names.get(own[id(p)], own[id(p)])
+            saved = sides.name_of(p)
             if saved in held:
                 at = f"optim.{i}.state.{saved}"
-                words = _dict(held[saved], at, p, _refilling(at, optimizer, p, make))
+                words = _dict(
+                    held[saved], at, p, _refilling(at, optimizer, p, sides.make)
+                )
                 made[p] = {key_of(k): v for k, v in words.items()}
 
     def install() -> None:
@@ -134,12 +146,7 @@ def groups_in(i: int, raw: Any) -> list[dict[str, Any]]:
 
 
 def restored_groups(
-    i: int,
-    raw: Any,
-    optimizer: Any,
-    names: Mapping[str, str],
-    own: dict[int, str],
-    make: Made,
+    i: int, raw: Any, optimizer: Any, sides: Sides
 ) -> Callable[[], None]:
     """The options of optimizer `i`'s groups; what sets them.
 
@@ -151,8 +158,7 @@ def restored_groups(
     of = {name: g for g in groups for name in g["params"]}
     made = list[tuple[dict[str, Any], dict[str, Any]]]()
     for number, group in enumerate(optimizer.param_groups):
-        ours = [own[id(p)] for p in group["params"]]
-        saved = [names.get(name, name) for name in ours]
+        saved = [sides.name_of(p) for p in group["params"]]
         theirs = [of[name] for name in saved if name in of]
         if any(one is not theirs[0] for one in theirs):
             raise CheckpointError(
@@ -163,7 +169,7 @@ def restored_groups(
             )
         if theirs:
             at = f"optim.{i}.groups.{groups.index(theirs[0])}"
-            made.append((group, _dict(theirs[0]["options"], at, group, make)))
+            made.append((group, _dict(theirs[0]["options"], at, group, sides.make)))
 
     def install() -> None:
         for group, options in made:

@@ -16,6 +16,7 @@ from accelx import comm, storage
 from accelx.errors import CheckpointError, DamagedError
 from accelx.match import Selector
 from accelx.records import Env
+from accelx.saves.boxes import whole
 from accelx.saves.commit import (
     COMMIT,
     Commit,
@@ -23,9 +24,9 @@ from accelx.saves.commit import (
     folder_name,
     write_commit,
 )
-from accelx.saves.contents import Contents, contents
+from accelx.saves.contents import Contents, contents, rest
 from accelx.saves.fingerprint import fingerprint
-from accelx.saves.lie import here
+from accelx.saves.lie import local_of
 from accelx.saves.manifest import MANIFEST, Manifest, Part, write_manifest
 from accelx.saves.memory import flat, inside
 from accelx.saves.plan import Plan, planned
@@ -61,14 +62,7 @@ def decide(
 
     Raises CheckpointError on every rank if ranks hold different things.
     """
-    placed = state.slots.get("shard_model")
-    if placed is not None:
-        placed.rest()
-    elif env.world > 1:
-        raise CheckpointError(
-            f"save_state wants a model on all {env.world} ranks, but the chain has no "
-            'shard_model, so each rank has its own; add shard_model(env, "ddp")'
-        )
+    rest("save_state", env, state)
     held, error = _held(env, state, select)
     plan = planned(held.lies, env.world)
     name = _agree(env, _said(held, plan), error, folder_name(state.step))
@@ -148,14 +142,13 @@ def _agree(env: Env, said: dict[str, str], error: Exception | None, name: str) -
 
 
 def _slabs(env: Env, plan: Plan, held: Contents) -> list[Slab]:
-    slabs, memo = list[Slab](), dict[Any, Any]()
+    slabs = list[Slab]()
     for name, piece, box in plan.of(env.rank):
         entry = plan.entries[name]
-        outer, local = here(held.tensors[name], memo)
-        if held.lies[name].slices is not None and outer != box:
-            outer = box  # a row of a rank's own, or a slice of a DTensor: all of it
-        assert outer is not None
-        data = flat(local if box == outer else inside(local, box, outer))
+        local = local_of(held.tensors[name])
+        if held.lies[name].slices is None:  # whole on each rank, and cut between them
+            local = inside(local, box, whole(entry.shape))
+        data = flat(local)
         slabs.append(Slab(name, entry.number, piece, entry.dtype, box.shape, data))
     return slabs
 

@@ -160,12 +160,12 @@ def check_select(state: State, select: Selector | None) -> None:
 
 def metrics_of(out: Any) -> dict[str, float]:
     """The loss, and the numbers of an aux that is a dict, for `retain(best=...)`."""
-    found_: dict[str, float] = {"loss": float(out.loss)}
+    numbers: dict[str, float] = {"loss": float(out.loss)}
     aux = out.aux if isinstance(out.aux, Mapping) else {}
     for name, value in aux.items():
         number = value.value if isinstance(value, Mean) else value
         if isinstance(number, int | float) or (
             hasattr(number, "dim") and not number.dim()
         ):
-            found_[str(name)] = float(number)
-    return {k: v for k, v in found_.items() if v - v == 0}  # JSON has finite numbers
+            numbers[str(name)] = float(number)
+    return {k: v for k, v in numbers.items() if v - v == 0}  # JSON has finite numbers

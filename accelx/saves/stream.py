@@ -11,9 +11,8 @@ from torch import Tensor
 
 from accelx import _torch
 from accelx.comm_wire import together
-from accelx.errors import CheckpointError
 from accelx.records import Env, check_env
-from accelx.saves.contents import model_tensors
+from accelx.saves.contents import model_tensors, rest
 from accelx.saves.meeting import Room, leave, meet, room
 from accelx.state import State, check_state
 
@@ -51,14 +50,7 @@ def stream_weights(
 def held_weights(name: str, env: Env, state: State) -> dict[str, Tensor]:
     """Weights and persistent buffers of a state by their first names."""
     together(env, name)
-    placed = state.slots.get("shard_model")
-    if placed is not None:
-        placed.rest()
-    elif env.world > 1:
-        raise CheckpointError(
-            f"{name} wants a model on all {env.world} ranks, but the chain has no "
-            'shard_model, so each rank has its own; add shard_model(env, "ddp")'
-        )
+    rest(name, env, state)
     return model_tensors(state.model)[0]
 
 

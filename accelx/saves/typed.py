@@ -22,6 +22,13 @@ BITS = 63  # of an integer that JSON readers take as it is
 KEYS = (str, int, bool, float, type(None))
 
 
+@attrs.frozen(eq=False)
+class Kept:
+    """The state_dict of an object that is not here: written as the object would be."""
+
+    state: Mapping[str, Any]
+
+
 def encode(value: Any, path: str, keep: Keep, level: int = 0) -> Any:
     """`value` as JSON; its tensors go to `keep` under their path.
 
@@ -82,6 +89,8 @@ def _mapping(value: Mapping[Any, Any], path: str, keep: Keep, level: int) -> Any
 
 
 def _object(value: Any, path: str, keep: Keep, level: int) -> Any:
+    if isinstance(value, Kept):
+        return {"$": "object", "v": encode(value.state, path, keep, level)}
     if isinstance(value, bytes):
         return {"$": "bytes", "v": base64.b64encode(value).decode()}
     if isinstance(value, torch.dtype):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
 
-from accelx import comm
-from accelx.errors import CheckpointError, DamagedError
+from accelx.errors import CheckpointError
 from accelx.records import Env
 from accelx.saves.contents import model_tensors
 from accelx.saves.lie import here
@@ -19,11 +18,11 @@ from accelx.saves.load import Only, Rename, takes
 from accelx.saves.memory import flat
 from accelx.saves.read import Want
 from accelx.saves.source import Source, opened, reading
+from accelx.saves.together import alike, from_main
 from accelx.state import Transient
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")  # cast into each other
 SHOWN = 20  # faults that an error lists
-T = TypeVar("T")
 
 
 @attrs.frozen
@@ -69,36 +68,6 @@ def load_into(
         )
 
     return alike(env, fill)
-
-
-def from_main(env: Env | None, do: Callable[[], T]) -> T:
-    """What `do()` gives on rank 0."""
-    if env is None or env.world == 1:
-        return do()
-    made = alike(env, lambda: do() if env.main else None)
-    return comm.gather_objects(env, made)[0]
-
-
-def alike(env: Env | None, do: Callable[[], T]) -> T:
-    """What `do()` gives on this rank; raises on all ranks if it fails on one."""
-    if env is None or env.world == 1:
-        return do()
-    made: Any = None
-    failure: Exception | None = None
-    try:
-        made = do()
-    except Exception as error:  # told to all ranks, each of which raises it
-        failure = error
-    damaged, text = isinstance(failure, DamagedError), str(failure)
-    if not isinstance(failure, CheckpointError | OSError):
-        text = f"{type(failure).__name__}: {failure}"
-    ranks = comm.gather_objects(env, None if failure is None else (damaged, text))
-    failed = [(rank, told) for rank, told in enumerate(ranks) if told is not None]
-    if failed:
-        rank, (damaged, text) = failed[0]
-        kind = DamagedError if damaged else CheckpointError
-        raise kind(f"rank {rank}: {text}") from failure
-    return made
 
 
 def fitted(

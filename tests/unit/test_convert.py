@@ -1,6 +1,5 @@
 """Checkpoints of Accelerate and of torch.distributed.checkpoint go on as accelx's."""
 
-import contextlib
 import os
 import pickle
 import random
@@ -493,24 +492,28 @@ def test_chunks_that_do_not_cover_are_an_error(tmp_path, damage, said):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("seed", range(60))
 @pytest.mark.parametrize("name", [".metadata", "model.safetensors"])
-def test_a_byte_of_another_value_is_no_accident(tmp_path, name, seed):
-    """Whatever a damaged description says, the error is accelx's, or it is read."""
+def test_a_byte_of_another_value_is_no_accident(tmp_path, name):
+    """Whatever damaged descriptions say, errors are accelx's; most are refused."""
     golden = GOLDEN / "dcp" / "fsdp2" if name == ".metadata" else ACCELERATE / "plain"
-    folder = tmp_path / "in"
-    shutil.copytree(golden, folder)
-    draw = random.Random(seed)
-    data = bytearray((folder / name).read_bytes())
-    end = len(data) if name == ".metadata" else 8 + int.from_bytes(data[:8], "little")
-    for _ in range(3):
-        data[draw.randrange(end)] = draw.randrange(256)
-    (folder / name).write_bytes(data)
     optim = momentum if name == ".metadata" else grouped
-    with contextlib.suppress(ax.AccelxError):
-        ax.import_state(
-            str(folder), str(tmp_path / "out"), make, optim, trust=True, step=SAVED
-        )
+    sound = (golden / name).read_bytes()
+    end = len(sound) if name == ".metadata" else 8 + int.from_bytes(sound[:8], "little")
+    said = []
+    for seed in range(60):
+        folder, draw = tmp_path / f"in-{seed}", random.Random(seed)
+        shutil.copytree(golden, folder)
+        data = bytearray(sound)
+        for _ in range(3):
+            data[draw.randrange(end)] = draw.randrange(256)
+        (folder / name).write_bytes(data)
+        out = str(tmp_path / f"out-{seed}")
+        try:
+            ax.import_state(str(folder), out, make, optim, trust=True, step=SAVED)
+        except ax.AccelxError as error:
+            said.append(str(error))
+    assert 30 < len(said) <= 60
+    assert all(said)
 
 
 @pytest.mark.parametrize("name", ["optimizer.bin", "model.safetensors"])

@@ -244,8 +244,12 @@ def test_nothing_is_renamed(store, monkeypatch):
         monkeypatch.setattr(os, name, refuse)
     for name in ("mv", "rename", "move", "cp_file", "copy"):
         monkeypatch.setattr(type(store.fs), name, refuse)
+    with pytest.raises(AssertionError):  # the control
+        os.rename("here", "there")  # noqa: PTH104 it was replaced above
     put(store, "object")
+    assert set(storage.sizes(store)) == {"object"}
     storage.remove_folder(store, ["object"])
+    assert storage.sizes(store) == {}
 
 
 def test_what_goes_first_is_gone_before_the_rest(tmp_path, monkeypatch):
