@@ -129,13 +129,16 @@ def attempt(
         wait=tenacity.wait_random_exponential(FIRST_WAIT, LONGEST_WAIT),
         reraise=True,
     )
+    held = [call]
     try:
-        return retrying(call)
+        return retrying(lambda: held[0]())
     except AccelxError:
         raise
     except Exception as error:
         count = retrying.statistics.get("attempt_number", 1)
         failure = _worded(store, name, verb, error, count)
+    finally:
+        held.clear()  # tenacity's objects are a circle, which would keep a part's bytes
     raise failure  # outside of the handler, so that the error is no context of it
 
 

@@ -199,7 +199,7 @@ def test_the_one_before_is_taken_whole(run, sound, state):
     flip(file, at, 0)
     with pytest.raises(DamagedError, match=file.name):
         load(state, run)
-    with pytest.warns(CheckpointWarning, match="the one before is taken"):
+    with pytest.warns(CheckpointWarning, match="the one before taken"):
         loaded = load(state, run, fallback=True)
     assert loaded.step == 1
     assert same(saving.weights(loaded), sound[1][0])
