@@ -1,45 +1,35 @@
-"""Which torch DataLoaders can be cut exactly by arithmetic, and what they ask for."""
+"""What a torch DataLoader asks for, as the fields of a Loader."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
-    IterableDataset,
     RandomSampler,
     SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
 )
 
+from accelx.data import walks
+from accelx.data.orders import Among, Cycled, Drawn, Order, Seeded, Weighted
+from accelx.data.walks import Walk
 from accelx.errors import DataError
-
-WANTED = "shard_loader wants a DataLoader that shuffles or not"
 
 
 def settings_of(source: DataLoader[Any]) -> dict[str, Any]:
     """The fields of a Loader that reads what `source` reads.
 
-    Raises DataError for anything that is not kept: samplers and batch samplers of the
-    user's own, streams, subclasses that iterate in their own way, generators.
+    torch's own samplers become arithmetic; a sampler or batch sampler of the user's own
+    is walked. Raises DataError for what would be cut twice, or change nothing.
     """
-    if type(source).__iter__ is not DataLoader.__iter__:
-        raise DataError(
-            f"{WANTED}, got the subclass {type(source).__name__}, which iterates in "
-            "its own way; write DataLoader(dataset, batch_size=..., shuffle=...)"
-        )
-    if isinstance(source.dataset, IterableDataset):
-        raise DataError(
-            f"{WANTED} and reads items by index, got the IterableDataset "
-            f"{type(source.dataset).__name__}; give a map-style dataset, such as a "
-            "list of what the stream holds"
-        )
-    _check_batches(source)
     _check_settings(source)
-    return {
-        "batch_size": source.batch_size,
-        "shuffle": _shuffles(source),
-        "drop_last": source.drop_last,
+    sampler: Any = source.batch_sampler
+    fields: dict[str, Any] = {
         "collate": source.collate_fn,
         "num_workers": source.num_workers,
         "timeout": source.timeout,
@@ -48,58 +38,108 @@ def settings_of(source: DataLoader[Any]) -> dict[str, Any]:
         "prefetch_factor": source.prefetch_factor,
         "persistent_workers": source.persistent_workers,
         "pin_memory": source.pin_memory,
+        "salt": _salt(source),
     }
+    if sampler is None:  # batch_size=None: each item is a batch
+        return {**fields, "batch_size": 1, "batched": True, **_order(source, 1, False)}
+    if type(sampler) is BatchSampler:
+        cut: Any = {"batch_size": sampler.batch_size, "drop_last": sampler.drop_last}
+        return {**fields, **cut, **_order(source, *cut.values())}
+    _check_undivided(sampler)
+    return {**fields, "batch_size": None, "walk": walks.by_batches(sampler)}
 
 
-def _check_batches(source: DataLoader[Any]) -> None:
-    if source.batch_sampler is None:
+def _order(source: DataLoader[Any], batch_size: int, drop_last: bool) -> dict[str, Any]:
+    """`shuffle`, or an order of the sampler's own."""
+    outer: Any = source.batch_sampler
+    sampler: Any = source.sampler if outer is None else outer.sampler
+    plain = getattr(sampler, "data_source", None) is source.dataset
+    if type(sampler) is SequentialSampler and plain:
+        return {"shuffle": False}
+    if type(sampler) is RandomSampler and plain and _each_once(sampler):
+        return {"shuffle": True}
+    known = _known(sampler)
+    if known is not None:
+        return {"order": known}
+    return {"walk": _walked(sampler, batch_size, drop_last)}
+
+
+def _each_once(sampler: RandomSampler) -> bool:
+    n = len(sampler.data_source)
+    return not sampler.replacement and sampler.num_samples == n
+
+
+def _known(sampler: Any) -> Order | None:
+    """The sampler as arithmetic, where it is one of torch's."""
+    kind = type(sampler)
+    if kind is SequentialSampler:
+        return Seeded(len(sampler.data_source))
+    if kind is RandomSampler:
+        n, count = len(sampler.data_source), sampler.num_samples
+        if _each_once(sampler):
+            return Seeded(n, shuffle=True)
+        return Drawn(n, count) if sampler.replacement else Cycled(n, count)
+    if kind is SubsetRandomSampler:
+        return Among(torch.as_tensor(list(sampler.indices), dtype=torch.int64))
+    if kind is WeightedRandomSampler:
+        return _weighted(sampler)
+    return None
+
+
+def _weighted(sampler: WeightedRandomSampler) -> Weighted:
+    weights = torch.as_tensor(sampler.weights, dtype=torch.float64)
+    some = int(weights.count_nonzero())
+    fine = weights.dim() == 1 and bool((weights >= 0).all()) and bool(weights.sum() > 0)
+    if not fine or not bool(weights.isfinite().all()):
         raise DataError(
-            f"{WANTED} and cuts batches, got batch_size=None; write batch_size=1, or "
-            "more"
+            "WeightedRandomSampler wants a list of finite weights of at least 0, one "
+            f"of them above, got {_brief(weights)}; mend the weights"
         )
-    if source.batch_size is None or type(source.batch_sampler) is not BatchSampler:
+    if not sampler.replacement and sampler.num_samples > some:
         raise DataError(
-            f"{WANTED}, got batch_sampler={type(source.batch_sampler).__name__}, whose "
-            "batches are not known by arithmetic; write batch_size=..., shuffle=..., "
-            "drop_last=... instead"
+            f"drawing {sampler.num_samples} items without replacement wants as many "
+            f"with a weight, got {some}; write num_samples={some}, or replacement=True"
         )
+    return Weighted(weights, sampler.num_samples, sampler.replacement)
 
 
-def _shuffles(source: DataLoader[Any]) -> bool:
-    sampler: Any = source.sampler
-    own = getattr(sampler, "data_source", None) is source.dataset
-    if type(sampler) is SequentialSampler and own:
-        return False
-    if type(sampler) is not RandomSampler or not own:
-        raise DataError(
-            f"{WANTED}, got sampler={type(sampler).__name__}; write shuffle=True for a "
-            "seeded order or shuffle=False for the dataset's own, and choose items "
-            "with torch.utils.data.Subset(dataset, indices)"
-        )
-    if sampler.replacement or sampler.num_samples != len(sampler.data_source):
-        raise DataError(
-            f"{WANTED}, each item once, got RandomSampler(replacement="
-            f"{sampler.replacement}, num_samples={sampler.num_samples}) over "
-            f"{len(sampler.data_source)} items; write shuffle=True"
-        )
-    if sampler.generator is not None:
-        raise DataError(_GENERATOR)
-    return True
+def _brief(weights: Tensor) -> str:
+    odd = weights[~((weights >= 0) & weights.isfinite())].tolist()[:3]
+    return f"shape {tuple(weights.shape)} with {odd or 'only zeros'}"
 
 
-_GENERATOR = (
-    "the order of a shuffled loader comes from the seed of shard_loader, got a "
-    "generator of its own, which would change nothing; drop generator=, write "
-    "ax.shard_loader(env, seed=...)"
-)
+def _walked(sampler: Any, batch_size: int, drop_last: bool) -> Walk:
+    _check_undivided(sampler)
+    return walks.by_indices(sampler, batch_size, drop_last)
+
+
+def _check_undivided(sampler: Any) -> None:
+    """Refuse a sampler that gives each rank its part already."""
+    one: Any
+    for one in (sampler, getattr(sampler, "sampler", None)):
+        if hasattr(one, "num_replicas"):
+            raise DataError(
+                f"shard_loader wants the whole order, and gives each rank its part, "
+                f"got {type(one).__name__} with num_replicas={one.num_replicas}, which "
+                "cuts it before; write DataLoader(dataset, batch_size=..., "
+                "shuffle=True)"
+            )
+
+
+def _salt(source: DataLoader[Any]) -> int | None:
+    """What a generator of the user's own adds to the seed: the seed it was given."""
+    batches: Any = source.batch_sampler
+    sampler: Any = source.sampler if batches is None else batches
+    sampler = getattr(sampler, "sampler", sampler)
+    generator = getattr(sampler, "generator", None) or source.generator
+    return None if generator is None else generator.initial_seed()
 
 
 def _check_settings(source: DataLoader[Any]) -> None:
-    if source.generator is not None:
-        raise DataError(_GENERATOR)
     if not source.in_order:
         raise DataError(
-            f"{WANTED} and keeps the order, got in_order=False; drop in_order="
+            "shard_loader wants a DataLoader that keeps the order, got in_order=False, "
+            "by which batches come as workers are ready; drop in_order="
         )
     if source.pin_memory_device:
         raise DataError(

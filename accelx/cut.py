@@ -41,7 +41,7 @@ def cut(args: Args, n: int, ranks: int) -> list[Args]:
             "dimension; give step the batch as an argument, or leave accumulate out"
         )
     if not rows.rows:
-        return [stamp(one, rows) for one in _split(args, "", [1] * n, repeat=True)]
+        return [stamp(one, rows) for one in pieces(args, "", [1] * n, repeat=True)]
     if rows.rows != length:
         raise DataError(
             f"the batch says that it has {rows.rows} rows here, but its tensors have "
@@ -52,27 +52,27 @@ def cut(args: Args, n: int, ranks: int) -> list[Args]:
     full = [size for size in sizes if size]
     parts = [
         stamp(one, Rows(size, rows.total))
-        for one, size in zip(_split(args, "", full), full, strict=True)
+        for one, size in zip(pieces(args, "", full), full, strict=True)
     ]
     if ranks > 1 and len(full) < n:
         none = Rows(0, rows.total)
-        extra = _split(args, "", [1] * length)[:1] * (n - len(full))
-        parts += [stamp(_split(one, "", [1])[0], none) for one in extra]
+        extra = pieces(args, "", [1] * length)[:1] * (n - len(full))
+        parts += [stamp(pieces(one, "", [1])[0], none) for one in extra]
     return parts
 
 
-def _split(node: Any, path: str, sizes: list[int], repeat: bool = False) -> list[Any]:
+def pieces(node: Any, path: str, sizes: list[int], repeat: bool = False) -> list[Any]:
     """`node` as a tree for each group of rows; written out, as each step does it."""
     if isinstance(node, Tensor):
         return _split_rows(node, path, sizes, repeat)
     kind = type(node)
     if kind is dict:
-        items = [_split(v, f"{path}[{k!r}]", sizes, repeat) for k, v in node.items()]
+        items = [pieces(v, f"{path}[{k!r}]", sizes, repeat) for k, v in node.items()]
         return [
             dict(zip(node, values, strict=True)) for values in _across(items, sizes)
         ]
     if kind is tuple or (kind is list and not _per_row(node, sum(sizes))):
-        items = [_split(v, f"{path}[{i}]", sizes, repeat) for i, v in enumerate(node)]
+        items = [pieces(v, f"{path}[{i}]", sizes, repeat) for i, v in enumerate(node)]
         return [kind(values) for values in _across(items, sizes)]
     if kind is list:
         ends = accumulate(sizes)
@@ -80,7 +80,7 @@ def _split(node: Any, path: str, sizes: list[int], repeat: bool = False) -> list
     if isinstance(node, State) or not tree.children(node):
         return [node] * len(sizes)
     flat = tree.flatten(node, lambda inner: inner is not node)
-    items = [_split(v, path + key, sizes, repeat) for key, v in flat]
+    items = [pieces(v, path + key, sizes, repeat) for key, v in flat]
     return [
         tree.unflatten(node, values, lambda inner: inner is not node)
         for values in _across(items, sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -17,20 +18,25 @@ from torch.utils.data import (
 )
 
 from accelx import _torch
+from accelx.data.plan import Asked, Unpack
 
 Collate = Callable[[list[Any]], Any]
-Unpack = Callable[[Tensor], Iterable[Any]]  # (batches, rows) int64 -> indices of each
 Init = Callable[[int], Any] | None  # what each worker runs first, with its number
 Fetch = Callable[[Any], Any]  # indices of one batch -> the batch
 
 
-def fetcher(dataset: Any, collate: Collate) -> tuple[Unpack, Fetch]:
+def fetcher(
+    dataset: Any, collate: Collate, batched: bool = False
+) -> tuple[Unpack, Fetch]:
     """How to unpack a block of indices, and how to read the batch at one of its rows.
 
     Tensors in a TensorDataset are indexed whole, which gives the bits that stacking
     their rows gives, 10 times sooner; other items are read one by one, or by the
-    dataset's own `__getitems__`, as torch's DataLoader reads them.
+    dataset's own `__getitems__`, as torch's DataLoader reads them. With `batched` an
+    item is a batch by itself.
     """
+    if batched:
+        collate = first(collate)
     if type(dataset) is TensorDataset and collate is default_collate:
         columns = dataset.tensors
         if all(_plain(c) for c in columns):
@@ -41,7 +47,19 @@ def fetcher(dataset: Any, collate: Collate) -> tuple[Unpack, Fetch]:
             return Tensor.unbind, lambda at: [
                 c.index_select(0, at.to(c.device)) for c in columns
             ]
+    if hasattr(dataset, "set_epoch"):
+        dataset = Noted(dataset)
+        return Tensor.tolist, lambda at: collate(dataset.__getitems__(at))
     return Tensor.tolist, lambda at: collate(items(dataset, at))
+
+
+def first(collate: Collate) -> Collate:
+    """What makes a batch of a list with one item: for items that are batches."""
+    return functools.partial(_only, collate)
+
+
+def _only(collate: Collate, found: list[Any]) -> Any:
+    return collate(found[0])
 
 
 def items(dataset: Any, indices: list[int]) -> list[Any]:
@@ -51,16 +69,21 @@ def items(dataset: Any, indices: list[int]) -> list[Any]:
         try:
             return many(indices)
         except Exception as error:
-            error.add_note(f"accelx: while reading the items {indices}")
+            error.add_note(f"accelx: while reading the items {indices}{_worker()}")
             raise
     found, index = list[Any](), None
     try:
         for index in indices:
             found.append(dataset[index])
     except Exception as error:
-        error.add_note(f"accelx: while reading item {index}")
+        error.add_note(f"accelx: while reading item {index}{_worker()}")
         raise
     return found
+
+
+def _worker() -> str:
+    info = get_worker_info()
+    return "" if info is None else f" in worker {info.id} of {info.num_workers}"
 
 
 # What index_select takes on every device; it has no kernels for the wider unsigned
@@ -79,13 +102,17 @@ def _plain(column: Tensor) -> bool:
     return strided and column.dtype in PLAIN and not column.requires_grad
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class Noted:
-    """A dataset inside a worker, which notes the index where it raises."""
+    """A dataset that is told the epoch, and notes the index where it raises."""
 
     dataset: Any
+    epoch: int | None = None  # that it was told last
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
+        if isinstance(indices, Asked) and indices.epoch != self.epoch:
+            self.epoch = indices.epoch
+            self.dataset.set_epoch(self.epoch)
         return items(self.dataset, indices)
 
     def __getitem__(self, index: int) -> Any:

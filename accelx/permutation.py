@@ -92,10 +92,23 @@ def _signed(x: int) -> int:
 def _sorted(n: int, base: int) -> Tensor:
     import torch  # not loaded by a bare `import accelx`
 
-    x = torch.arange(n) + _signed(base)  # int64 wraps, as modulo 2**64 does
+    return hashed(base, torch.arange(n)).argsort(stable=True)
+
+
+def hashed(base: int, positions: Tensor) -> Tensor:
+    """mix(position + base) as int64: 64 bits that look random, of the same shape."""
+    x = positions + _signed(base)  # int64 wraps, as modulo 2**64 does
     x = (x ^ _shift(x, 30)).mul_(_signed(MIX1))
     x = (x ^ _shift(x, 27)).mul_(_signed(MIX2))
-    return (x ^ _shift(x, 31)).argsort(stable=True)
+    return x ^ _shift(x, 31)
+
+
+def uniform(base: int, positions: Tensor) -> Tensor:
+    """A number of (0, 1) for each position, float64, of the same shape.
+
+    The top 52 bits of the hash and a half, so that neither end is reached.
+    """
+    return _shift(hashed(base, positions), 12).double().add_(0.5).mul_(2.0**-52)
 
 
 def _shift(x: Tensor, by: int) -> Tensor:

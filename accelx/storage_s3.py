@@ -162,6 +162,20 @@ def _compare(
         )
 
 
+class _Stream(io.BytesIO):
+    """A stream that shares the memory of `block`, and goes on sharing it.
+
+    aiohttp looks at `getbuffer` for the length, where BytesIO makes a copy of its own.
+    """
+
+    def __init__(self, block: bytes) -> None:
+        super().__init__(block)
+        self._block = block
+
+    def getbuffer(self) -> memoryview:
+        return memoryview(self._block)
+
+
 def _call(store: Store, name: str, method: str, **kwargs: Any) -> dict[str, Any]:
     """One request through the client of s3fs.
 
@@ -174,7 +188,7 @@ def _call(store: Store, name: str, method: str, **kwargs: Any) -> dict[str, Any]
     fs = filesystem(store)
     bucket, key, _ = fs.split_path(path_of(store, name))
     if "Body" in kwargs:
-        kwargs["Body"] = io.BytesIO(kwargs["Body"])
+        kwargs["Body"] = _Stream(kwargs["Body"])
 
     async def request() -> dict[str, Any]:
         await fs.set_session()

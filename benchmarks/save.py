@@ -1,6 +1,6 @@
 """Saving and loading a model with its AdamW on a local disk, beside the peers.
 
-    python benchmarks/save.py [--rounds 5] [--mib 840] [--ranks 2]
+    python benchmarks/save.py [--rounds 5] [--mib 840] [--ranks 2] [--width 1024]
 
 One rank (plain) and two (fsdp2). The same tensors go through each way; the first row of
 each table is the limit: `dd` of as many bytes. "synced" counts until the disk has them,
@@ -30,12 +30,13 @@ import torch.distributed.checkpoint.state_dict as dsd
 import torch.distributed.fsdp
 from torch import nn
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
+from xxhash import xxh3_128_hexdigest
 
 import accelx as ax
+from accelx.saves.manifest import CHUNK
 from accelx.testing import run
 
 torch.set_num_threads(1)
-WIDTH = 1024
 GOALS = {
     "1 rank, synced: accelx": "at most 1.11",
     "1 rank, cached: accelx": "below every peer",
@@ -47,17 +48,17 @@ GOALS = {
 }
 
 
-def made(env, mib):
+def made(env, mib, width=1024):
     """A state of about `mib` MiB after one step: weights and AdamW's two moments."""
-    layers = max(2, mib * 2**20 // (3 * 4 * WIDTH * WIDTH))
+    layers = max(2, mib * 2**20 // (3 * 4 * width * width))
     tx = ax.shard_model(env, "fsdp2", blocks="*")
     state = ax.init(
         tx,
-        lambda: nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(layers))),
+        lambda: nn.Sequential(*(nn.Linear(width, width) for _ in range(layers))),
         lambda m: torch.optim.AdamW(m.parameters()),
     )
     step = ax.step(tx, lambda m, x: m(x).square().mean())
-    return step(state, torch.ones(4, WIDTH))[0]
+    return step(state, torch.ones(4, width))[0]
 
 
 def tensors(state):
@@ -163,9 +164,9 @@ def timed(env, variants, rounds, meet):
     return {k: ax.reduce(env, v, "max") for k, v in times.items()}
 
 
-def saving(env, rounds, mib, folder):
+def saving(env, rounds, mib, width, folder):
     """Seconds of each way, synced and cached."""
-    state = made(env, mib)
+    state = made(env, mib, width)
     ways = savers(env, state, folder, accelerated(env, state))
 
     def synced(name, way):
@@ -199,9 +200,9 @@ def saving(env, rounds, mib, folder):
 RANKED = {"safetensors save_file", "torch.save"}
 
 
-def stalls(env, rounds, mib, folder):
+def stalls(env, rounds, mib, width, folder):
     """How long a step waits for wait=False, beside one copy of what is saved."""
-    state = made(env, mib)
+    state = made(env, mib, width)
     own = list(locals_of(tensors(state)).values())
     size = sum(t.numel() * t.element_size() for t in own)
     buffer = torch.empty(size, dtype=torch.uint8)
@@ -230,9 +231,9 @@ def stalls(env, rounds, mib, folder):
     return [found]
 
 
-def loading(env, rounds, mib, folder):
+def loading(env, rounds, mib, width, folder):
     """Seconds until everything is back in place, from the kernel's cache."""
-    state = made(env, mib)
+    state = made(env, mib, width)
     held = {"state": state}
     every = tensors(state)
     own = locals_of(every)
@@ -252,6 +253,13 @@ def loading(env, rounds, mib, folder):
             for name, tensor in own.items():
                 tensor.copy_(file.get_tensor(name))
 
+    def digested():
+        mapped()
+        for tensor in own.values():
+            flat = tensor.view(-1).view(torch.uint8)
+            for at in range(0, flat.numel(), CHUNK):
+                xxh3_128_hexdigest(memoryview(flat[at : at + CHUNK].numpy()))
+
     def accelx():
         held["state"] = ax.load_state(env, f"{folder}/ax")(held["state"])
 
@@ -263,6 +271,7 @@ def loading(env, rounds, mib, folder):
     at = f"{env.world} rank{'s' * (env.world > 1)}, load"
     ways = {
         f"{at}: safetensors safe_open, copied": mapped,
+        f"{at}: the same, and a digest of all": digested,
         f"{at}: accelx": accelx,
         f"{at}: torch.load": pickled,
         f"{at}: DCP FileSystemReader": lambda: dcp.load(
@@ -285,6 +294,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--mib", type=int, default=840)
+    parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--only", default="saving,stalls,loading")
     parser.add_argument("--ranks", default="1")
     args = parser.parse_args()
@@ -295,12 +305,13 @@ def main():
         for ranks in map(int, args.ranks.split(",")):
             for kind in args.only.split(","):
                 each = run(ranks, timeout=3000)(kinds[kind])
-                for times in each(args.rounds, args.mib, where)[0]:
+                for times in each(args.rounds, args.mib, args.width, where)[0]:
                     found |= compare.ratios(times)
                     for k, v in found.items():
                         print(f"{k:50} {v['ratio']:.3f} {v['seconds']:.3f}", flush=True)
     title = f"Saving and loading {args.mib} MiB of weights and AdamW, local disk"
     name = "save" if args.ranks == "1" else f"save_{args.ranks.replace(',', '_')}"
+    name += f"_{args.mib}" if args.mib != 840 else ""
     compare.write(name, title, GOALS, found, unit="ms", per=1e3, rounds=args.rounds)
 
 

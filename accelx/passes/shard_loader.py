@@ -41,11 +41,17 @@ def shard_loader(env: Env, seed: int = 0, *, ragged: bool = False) -> Transform:
 
     def placed(loader: Any) -> Any:
         return attrs.evolve(
-            loader, seed=seed, rank=env.rank, world=env.world, device=env.device
+            loader,
+            seed=seed,
+            rank=env.rank,
+            world=env.world,
+            device=env.device,
+            env=env,
         )
 
     def alone(source: Any) -> Any:
-        from accelx.loader import Epochs, as_loader
+        from accelx.loader import as_loader
+        from accelx.loader_epochs import Epochs
 
         return Epochs(placed(as_loader(source)), ragged=ragged)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from accelx import _torch
 from accelx.errors import CheckpointError
 from accelx.saves.save import Job, run
-from accelx.saves.write import Slab
+from accelx.saves.write import Slab, cores
 
 PATIENCE = 1800.0  # seconds that a program which ends waits for the other ranks
 POLL = 0.01  # seconds between looks at whether the other ranks have written
@@ -83,7 +83,7 @@ class Background:
             copy = self.buffer[at : at + slab.size]
             made.append(attrs.evolve(slab, data=copy))
             at += slab.size
-        _copy(job.slabs, made)
+        _copy(job.slabs, made, job.env.local_world)
         return made
 
     def _at_exit(self) -> None:
@@ -98,17 +98,19 @@ class Background:
             os._exit(FAILED)
 
 
-def _copy(slabs: Sequence[Slab], copies: Sequence[Slab]) -> None:
-    """Fill `copies` with the bytes of `slabs`. Two threads, since the step waits.
+def _copy(slabs: Sequence[Slab], copies: Sequence[Slab], neighbours: int) -> None:
+    """Fill `copies` with the bytes of `slabs`: by two threads, since the step waits.
 
-    Not off a device: each thread has a stream of its own, and this one's is trained on.
+    By one where the `neighbours` on this machine leave no core for a second, and off a
+    device: each thread has a stream of its own, and this one's is trained on.
     """
 
     def half(first: int) -> None:
         for slab, copy in zip(slabs[first::2], copies[first::2], strict=True):
             copy.data.copy_(slab.data)
 
-    if any(slab.data.device.type != "cpu" for slab in slabs):
+    on_cpu = all(slab.data.device.type == "cpu" for slab in slabs)
+    if not on_cpu or cores() <= neighbours:
         half(0)
         half(1)
         return

@@ -107,7 +107,7 @@ def load(
     _optimizers(loading, state, names)
     slots = _slots(loading, state)
     random = _random(loading)
-    fill(store, manifest, loading.wants, verify)
+    fill(store, manifest, loading.wants, verify, env.local_world)
 
     def install() -> State:
         for one in loading.then:

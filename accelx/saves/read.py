@@ -18,6 +18,7 @@ from accelx.saves.manifest import Index, Manifest, Where
 from accelx.saves.memory import inside, view
 from accelx.saves.strict import digest
 from accelx.saves.verify import THREADS, Fill, damage, open_index, problems
+from accelx.saves.write import cores
 from accelx.storage import Store
 
 BLOCK = 16 << 20  # bytes that one thread holds beside the destination, about
@@ -58,7 +59,11 @@ class _Job:
 
 
 def fill(
-    store: Store, manifest: Manifest, wants: Iterable[Want], verify: str = "touched"
+    store: Store,
+    manifest: Manifest,
+    wants: Iterable[Want],
+    verify: str = "touched",
+    neighbours: int = 1,
 ) -> int:
     """Read every want into its memory; the bytes that were read.
 
@@ -70,7 +75,7 @@ def fill(
     if verify == "full":
         for problem in problems(store, manifest):
             raise DamagedError(problem)
-    with reader(store, manifest, verify != "off") as read:
+    with reader(store, manifest, verify != "off", neighbours=neighbours) as read:
         return read(wants)
 
 
@@ -80,14 +85,19 @@ def reader(
     manifest: Manifest,
     checked: bool,
     known: Mapping[int, Index] | None = None,
+    neighbours: int = 1,
 ) -> Generator[Read]:
     """What fills wants, any number of times; a file that it has opened stays open.
 
-    `known` are the indices of parts that have no index in the store.
+    `known` are the indices of parts that have no index in the store. `neighbours` read
+    on this machine, this rank counted in: where they have no core to spare, one thread
+    reads a local disk.
     """
     indices = dict(known or {})
     readers: dict[int, Fill] = {}
     count = THREADS[store.local]
+    if store.local and cores() <= neighbours:
+        count = 1
     workers = ThreadPoolExecutor(count, "accelx-read")
     with ExitStack() as stack, workers as pool:  # the pool ends before files close
         run = _runner(store, manifest, readers, checked)

@@ -52,7 +52,7 @@ def write_part(
     head = header(slabs)
     size = len(head) + sum(slab.size for slab in slabs)
     taken: list[list[Future[str]]] = [[] for _ in slabs]
-    spare = _cores() > neighbours
+    spare = cores() > neighbours
     with ThreadPoolExecutor(1, "accelx-digest") as pool:
 
         def parts() -> Iterator[memoryview]:
@@ -69,7 +69,7 @@ def write_part(
     return Part(file, size, index, len(data), digest(data))
 
 
-def _cores() -> int:
+def cores() -> int:
     """How many cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -4,10 +4,12 @@ import base64
 import gc
 import hashlib
 import http.client
+import io
 import os
 import socket
 import threading
 import traceback
+import tracemalloc
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
@@ -300,6 +302,24 @@ def test_s3_memory_is_bounded(bucket, monkeypatch):
     assert len(most) == 3
     assert max(most) <= 2
     assert fetch(bucket, "object") == DATA
+
+
+def test_the_client_copies_no_part():
+    """aiohttp, which asks a stream for its buffer, gets the memory of the bytes."""
+    payload = pytest.importorskip("aiohttp.payload")
+    block = os.urandom(MIB) * 8
+
+    def taken(kind):
+        tracemalloc.start()
+        try:
+            made = payload.BytesIOPayload(kind(block))
+            assert made.size == len(block)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert taken(storage_s3._Stream) < MIB
+    assert taken(io.BytesIO) >= 8 * MIB  # the control
 
 
 def test_s3_with_plain_md5(bucket, monkeypatch):

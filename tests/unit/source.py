@@ -8,7 +8,7 @@ from pathlib import Path
 FLOORS = {
     0: "errors records tree match transform order explain state rows schedules"
     " permutation dtypes cut",
-    1: "_torch env loader accept fetch prefetch comm rng storage deferred",
+    1: "_torch env loader accept fetch prefetch comm rng storage deferred data",
     2: "engines saves",
     3: "passes",
     4: "run gradients optimizers",

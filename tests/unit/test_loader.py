@@ -16,19 +16,16 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     IterableDataset,
-    RandomSampler,
-    SequentialSampler,
     Subset,
-    SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
     get_worker_info,
 )
+from torch.utils.data.distributed import DistributedSampler
 
 from accelx import fetch
 from accelx.errors import DataError
 from accelx.loader import (
-    Epochs,
     Loader,
     as_loader,
     batches,
@@ -36,6 +33,7 @@ from accelx.loader import (
     rows_at,
     rows_here,
 )
+from accelx.loader_epochs import Epochs
 from accelx.prefetch import ahead, on_device
 from accelx.rows import Rows, rows_of
 
@@ -213,22 +211,26 @@ def test_a_loader_prints_as_the_call_that_makes_it():
     assert repr(loader) == "Loader(<list of 1000>, 4, shuffle=True)"
 
 
+class Batches(BatchSampler):
+    """A batch sampler of the user's own."""
+
+
 D = Squares(9)
 REFUSED = [
-    (DataLoader(D, sampler=SubsetRandomSampler([1, 2])), "SubsetRandomSampler.*Subset"),
-    (DataLoader(D, sampler=WeightedRandomSampler([1.0], 3)), "WeightedRandomSampler"),
-    (DataLoader(D, sampler=RandomSampler(D, replacement=True)), "each item once"),
-    (DataLoader(D, sampler=RandomSampler(D, num_samples=3)), "num_samples=3.* 9 items"),
-    (DataLoader(D, sampler=SequentialSampler([1, 2])), "got sampler=Sequential"),
-    (DataLoader(D, sampler=[1, 2]), "got sampler=list"),
-    (DataLoader(D, batch_sampler=BatchSampler([1], 2, False)), "batch_sampler=Batch"),
-    (DataLoader(D, batch_size=None), "batch_size=None; write batch_size=1"),
-    (DataLoader(Stream()), "IterableDataset Stream; give a map-style"),
-    (DataLoader(D, shuffle=True, generator=torch.Generator()), "drop gen.*seed="),
-    (DataLoader(D, generator=torch.Generator()), "drop generator="),
-    (DataLoader(D, sampler=RandomSampler(D, generator=torch.Generator())), "drop gen"),
-    (DataLoader(D, in_order=False), "in_order=False; drop"),
-    (Own(D), "subclass Own"),
+    (DataLoader(D, sampler=DistributedSampler(D, 2, 0)), "num_replicas=2"),
+    (
+        DataLoader(
+            D, batch_sampler=BatchSampler(DistributedSampler(D, 2, 0), 2, False)
+        ),
+        "DistributedSampler with num_replicas=2",
+    ),
+    (DataLoader(D, sampler=WeightedRandomSampler([1.0, -1], 3)), r"got shape .*-1.0"),
+    (DataLoader(D, sampler=WeightedRandomSampler([0.0, 0], 3)), "only zeros"),
+    (
+        DataLoader(D, sampler=WeightedRandomSampler([1, 0, 2], 3, False)),
+        "num_samples=2",
+    ),
+    (DataLoader(D, in_order=False), "in_order=False.*drop"),
     (D, "Squares alone; write DataLoader"),
 ]
 
