@@ -136,6 +136,16 @@ def as_loader(source: Any, **fields: Any) -> Loader:
     return Loader(source.dataset, **accept.settings_of(source), **fields)
 
 
+def guarantee(loader: Loader) -> str:
+    """How the batch of a step is reached: "exact", "same-ranks" or "replay".
+
+    "exact": by arithmetic, in O(1). "same-ranks": by a state that was saved, on as many
+    ranks. "replay": by reading again what comes before it; of a sampler of the user's
+    own that is its indices and no item.
+    """
+    return "exact" if loader.walk is None else "replay"
+
+
 def rows_at(loader: Loader, step: int) -> list[int]:
     """The dataset indices of the whole batch at `step`, in order."""
     whole = attrs.evolve(loader, rank=0, world=1, static_shapes=False)

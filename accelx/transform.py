@@ -8,11 +8,15 @@ from typing import Any
 import attrs
 
 from accelx import order
-from accelx.explain import ARROWS
 from accelx.records import Arrow, Loss, Out, Pass, Rules, Transform
 
 identity: Transform = Transform()
 """The transform that does nothing: `chain(t, identity) == t` (L1)."""
+
+ARROWS = (
+    *("place", "start", "feed", "forward", "backward", "before", "after"),
+    *("restore", "done"),
+)
 
 
 def chain(*transforms: Transform) -> Transform:

@@ -13,13 +13,15 @@ from torch import Tensor
 from accelx.data.orders import Order, Own, Seeded
 from accelx.data.walks import Walk
 from accelx.errors import DataError
-from accelx.permutation import key
+from accelx.permutation import SORTED, key
 from accelx.rows import Rows
 
 if TYPE_CHECKING:
     from accelx.loader import Loader
 
-BLOCK = 32768  # positions whose indices are computed at once, 256 KiB; the first 1024
+# Positions whose indices are computed at once, 256 KiB; at first 1024, or an epoch that
+# is sorted as a whole.
+BLOCK = 32768
 Unpack = Callable[[Tensor], Iterable[Any]]  # (batches, rows) int64 -> indices of each
 
 
@@ -140,7 +142,7 @@ def _computed(loader: Loader, start: int, stop: int, unpack: Unpack) -> Iterator
     order, told = order_of(loader), hasattr(loader.dataset, "set_epoch")
     (n, size), each = _counts(loader), length(loader)
     full = n // size
-    step, positions = start, BLOCK // 32
+    step, positions = start, SORTED if n <= SORTED else BLOCK // 32
     while step < stop:
         epoch, i = divmod(step, each)
         low, high = share(loader, total(loader, i))

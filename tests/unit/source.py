@@ -6,9 +6,9 @@ from pathlib import Path
 # A file imports from its own floor or a lower one. A folder stands for its files, and
 # `env` for `env_axes` and the other parts that it is cut into.
 FLOORS = {
-    0: "errors records tree match transform order explain state rows schedules"
+    0: "errors records tree match transform order state rows schedules"
     " permutation dtypes cut",
-    1: "_torch env loader accept fetch prefetch comm rng storage deferred data",
+    1: "_torch env loader accept fetch prefetch comm rng storage deferred data explain",
     2: "engines saves",
     3: "passes",
     4: "run gradients optimizers",

@@ -1,5 +1,7 @@
 """The plan of a chain is a table that starts nothing."""
 
+from torch.utils.data import DataLoader
+
 import accelx as ax
 
 TX = ax.chain(
@@ -44,3 +46,14 @@ def test_ranks_that_are_not_there_can_be_explained():
     """An Env of eight ranks is data: nothing is connected."""
     assert repr(ax.explain(ax.shard_model(ax.Env(world=8))))
     assert ax.explain(ax.identity).rows == ()
+
+
+def test_how_the_data_goes_on_is_said():
+    """By arithmetic, or by walking over a sampler of the user's own."""
+    tx = ax.shard_loader(ax.Env(), seed=1)
+    exact = ax.explain(tx, DataLoader(range(9), 2, shuffle=True))
+    assert exact.data.startswith("exact (any step")
+    assert repr(exact).splitlines()[-1] == f"data: {exact.data}"
+    walked = ax.explain(tx, DataLoader(range(9), 2, sampler=[1, 2]))
+    assert walked.data.startswith("replay (")
+    assert "data:" not in repr(ax.explain(tx))

@@ -22,7 +22,7 @@ LAUNCHER = re.compile(r"(spawn|launch)\w*(/|\.py$)")
 REQUIRED = {"torch", "attrs", "typing_extensions", "safetensors", "fsspec"}
 REQUIRED |= {"xxhash", "tenacity"}
 OPTIONAL = {"deepspeed", "torch_xla", "torch_tpu", "s3fs", "gcsfs", "torchao"}
-OPTIONAL |= {"tensorboard", "wandb", "rich"}
+OPTIONAL |= {"tensorboard", "wandb", "rich", "pyarrow", "datasets", "torchdata"}
 # Documented by Python, despite the underscore.
 DOCUMENTED = {"_asdict", "_fields", "_replace", "_make", "_exit"}
 
