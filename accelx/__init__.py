@@ -22,6 +22,11 @@ if TYPE_CHECKING:
         reduce as reduce,
         split as split,
     )
+    from .data.files import from_files as from_files
+    from .data.lengths import by_length as by_length, by_tokens as by_tokens
+    from .data.mix import mix as mix
+    from .data.pack import pack as pack
+    from .data.sample import sample_rng as sample_rng, seeded as seeded
     from .env import close as close, connect as connect, detect as detect
     from .errors import (
         AccelxError as AccelxError,
@@ -68,6 +73,7 @@ if TYPE_CHECKING:
         Transform as Transform,
     )
     from .rng import seed as seed
+    from .rows import row_weights as row_weights
     from .run import (
         apply as apply,
         evaluating as evaluating,
@@ -115,6 +121,12 @@ _NAMES = {
     "schedules": ("warmup_cosine", "warmup_linear"),
     "env": ("close", "connect", "detect"),
     "loader": ("Loader",),
+    "data.files": ("from_files",),
+    "data.lengths": ("by_length", "by_tokens"),
+    "data.mix": ("mix",),
+    "data.pack": ("pack",),
+    "data.sample": ("sample_rng", "seeded"),
+    "rows": ("row_weights",),
     "rng": ("seed",),
     "comm": (
         *("barrier", "broadcast", "gather", "gather_objects", "gather_rows"),

@@ -31,7 +31,8 @@ def cut(args: Args, n: int, ranks: int) -> list[Args]:
     """`args` as `n` groups of rows, the longer ones first, marked with their rows.
 
     A group without rows holds one row marked as no row: on several ranks it takes part
-    in their collectives; on one it is left out.
+    in their collectives; on one it is left out. A batch that is padded to one shape is
+    cut into groups of one shape, each with its own count of real rows.
     """
     rows = rows_in(args, ranks)
     length = leading(*args)
@@ -40,6 +41,8 @@ def cut(args: Args, n: int, ranks: int) -> list[Args]:
             f"accumulate({n}) wants a batch with rows to cut, got no tensor with a "
             "dimension; give step the batch as an argument, or leave accumulate out"
         )
+    if rows.padded:
+        return _cut_padded(args, n, rows, length)
     if not rows.rows:
         return [stamp(one, rows) for one in pieces(args, "", [1] * n, repeat=True)]
     if rows.rows != length:
@@ -59,6 +62,33 @@ def cut(args: Args, n: int, ranks: int) -> list[Args]:
         extra = pieces(args, "", [1] * length)[:1] * (n - len(full))
         parts += [stamp(pieces(one, "", [1])[0], none) for one in extra]
     return parts
+
+
+def _cut_padded(args: Args, n: int, rows: Rows, length: int) -> list[Args]:
+    size, rest = divmod(length, n)
+    if rest or rows.rows > length:
+        raise DataError(
+            f"accumulate({n}) wants to cut batches of one shape into microbatches of "
+            f"one shape, got {length} rows here, of which {rows.rows} are real; "
+            + _dividing(length)
+        )
+    parts = pieces(args, "", [size] * n)
+    real = [min(max(rows.rows - i * size, 0), size) for i in range(n)]
+    return [
+        stamp(one, Rows(here, rows.total, padded=True))
+        for one, here in zip(parts, real, strict=True)
+    ]
+
+
+def divisors(length: int) -> list[int]:
+    """The numbers that divide `length`, the smallest first."""
+    return [n for n in range(1, length + 1) if length % n == 0]
+
+
+def _dividing(length: int) -> str:
+    *others, last = map(str, divisors(length))
+    which = f"{', '.join(others)} or {last}" if others else last
+    return f"write accumulate(n) with n = {which}, and keep rows as ax.feed gave them"
 
 
 def pieces(node: Any, path: str, sizes: list[int], repeat: bool = False) -> list[Any]:

@@ -23,8 +23,9 @@ from accelx.records import (
     Out,
     Transform,
     owing,
+    timed,
 )
-from accelx.rows import Rows, one_mark
+from accelx.rows import Rows, leading, one_mark
 from accelx.state import State
 
 Grads = Callable[..., tuple[State, Out]]
@@ -49,22 +50,30 @@ def pipeline(tx: Transform, loss: Loss) -> Grads:
 
 
 def _composed(tx: Transform, loss: Loss, engine: Engine, env: Env) -> Grads:
+    sharded = tx.find("shard_loader") is not None
+    return _whole(unreduced(tx, loss, engine, env), engine, env, sharded)
+
+
+def unreduced(tx: Transform, loss: Loss, engine: Engine, env: Env) -> Inner:
+    """Forward and backward on this rank, as all passes want them; nothing is divided.
+
+    What comes out adds up over ranks and calls, and is no gradient until it is settled.
+    """
     active = [p for p in tx if p.name not in engine.handles]
     for one in active:
         if one.forward is not None:
             loss = one.forward(loss)
     local = _local(loss, engine)
     wraps = [one.backward for one in active if one.backward is not None]
-    sharded = tx.find("shard_loader") is not None
     if not wraps:
-        return _whole(local, engine, env, sharded)
+        return local
 
     def grads(state: State, *args: Any) -> tuple[State, Out]:
         return local(state, args, rows_in(args, env.world))
 
     for wrap in wraps:
         grads = wrap(grads)
-    return _whole(lambda state, args, rows: grads(state, *args), engine, env, sharded)
+    return lambda state, args, rows: grads(state, *args)
 
 
 def env_of(state: State) -> Env:
@@ -81,6 +90,8 @@ def _local(loss: Loss, engine: Engine) -> Inner:
 
     def local(state: State, args: Args, rows: Rows) -> tuple[State, Out]:
         value, aux = read(loss(state.model, *args))
+        if rows.padded:
+            aux = _padded(value, aux, args, rows)
         up, unit = _loss_scale(state), _unit(rows.total)
         leaf = None if engine.carry is None else engine.carry(state)
         if isinstance(value, Mean):
@@ -98,6 +109,39 @@ def _local(loss: Loss, engine: Engine) -> Inner:
         return state, Out(value.detach(), rows.rows, aux=aux)
 
     return local
+
+
+def _padded(value: Tensor | Mean, aux: Any, args: Args, rows: Rows) -> Any:
+    """The aux of real rows, after refusing a loss that would count the others."""
+    if not isinstance(value, Mean):
+        raise plain_mean("the loss")
+    length = leading(*args) or 0
+    if rows.rows == length:
+        return aux
+    counted = not isinstance(value.weight, Tensor)  # by len or numel, no sum of a mask
+    if rows.rows and counted and value.weight == length:
+        warnings.warn(
+            f"the weight of the loss is {length}, as many as the batch has rows here, "
+            f"but {length - rows.rows} of them only pad; if it counts rows, write "
+            "w = ax.row_weights(batch) and ax.Mean((per_row * w).sum(), w.sum())",
+            NeutralityWarning,
+            stacklevel=2,
+        )
+
+    def one(leaf: Any) -> Any:
+        per_row = isinstance(leaf, Tensor) and leaf.dim() and leaf.size(0) == length
+        return leaf[: rows.rows] if per_row else leaf
+
+    return None if aux is None else tree.map_leaves(one, aux, _is_mean)
+
+
+def plain_mean(what: str) -> LossError:
+    """The error of a mean that counts rows which only pad."""
+    return LossError(
+        f"{what} wants to be an ax.Mean where batches have static shapes, got a plain "
+        "mean, which counts rows that only pad; write w = ax.row_weights(batch) and "
+        "ax.Mean((per_row * w).sum(), w.sum())"
+    )
 
 
 def _carried(leaf: Any, loss: Tensor, rows: int) -> tuple[Any, ...]:
@@ -228,7 +272,7 @@ def _whole(inner: Inner, engine: Engine, env: Env, sharded: bool) -> Grads:
             if leaf is not None:
                 leaf.grad = None
             _put_back(earlier)
-        return state, out
+        return state, out if rows.waited is None else timed(out, rows.waited.take())
 
     return whole
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from time import perf_counter
 from typing import Any
 
 import attrs
@@ -14,32 +15,23 @@ from torch.utils.data import DataLoader, default_collate
 from accelx import accept, fetch, prefetch
 from accelx.comm_wire import exchange, grouped
 from accelx.cut import pieces
-from accelx.data import plan
+from accelx.data import plan, stream
+from accelx.data.lengths import whole
 from accelx.data.orders import Order
+from accelx.data.stream import Stream
 from accelx.data.walks import Walk
 from accelx.errors import DataError
 from accelx.permutation import check_seed, key
 from accelx.records import Env, Transform, code
-from accelx.rows import Rows, leading, stamp
-
-
-def _whole(least: int) -> Callable[[Any, attrs.Attribute[Any], Any], None]:
-    def check(_: Any, field: attrs.Attribute[Any], value: Any) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise DataError(
-                f"{field.name} must be a whole number of at least {least}, got "
-                f"{value!r}; write {field.name}={least} or more"
-            )
-
-    return check
+from accelx.rows import Rows, Waited, leading, stamp
 
 
 def _sized(_: object, __: object, dataset: Any) -> None:
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise DataError(
             "a dataset must have a length and items by index (__len__, __getitem__), "
-            f"got {type(dataset).__name__}; give a map-style dataset, such as a list "
-            "of what the stream holds"
+            f"got {type(dataset).__name__}; give a map-style dataset, or a torch "
+            "IterableDataset for what comes one after another"
         )
 
 
@@ -57,7 +49,7 @@ class Loader:
 
     dataset: Any = attrs.field(validator=_sized, eq=id, repr=False)
     # rows over all ranks; None where a batch sampler says
-    batch_size: int | None = attrs.field(validator=attrs.validators.optional(_whole(1)))
+    batch_size: int | None = attrs.field(validator=attrs.validators.optional(whole(1)))
     shuffle: bool = attrs.field(default=False, kw_only=True)
     seed: int = attrs.field(default=0, kw_only=True)  # of the order
     salt: int | None = attrs.field(default=None, kw_only=True)  # a generator's seed
@@ -69,13 +61,13 @@ class Loader:
     # every batch has the same shape on each rank, filled up with rows of no weight
     static_shapes: bool = attrs.field(default=False, kw_only=True)
     collate: fetch.Collate = attrs.field(default=default_collate, kw_only=True)
-    rank: int = attrs.field(default=0, validator=_whole(0), kw_only=True)
-    world: int = attrs.field(default=1, validator=_whole(1), kw_only=True)
+    rank: int = attrs.field(default=0, validator=whole(0), kw_only=True)
+    world: int = attrs.field(default=1, validator=whole(1), kw_only=True)
     device: str = attrs.field(default="cpu", kw_only=True)  # where batches arrive
     # with a process group: ranks then compare what they read
     env: Env | None = attrs.field(default=None, kw_only=True)
     # The rest is handed to torch's workers.
-    num_workers: int = attrs.field(default=0, validator=_whole(0), kw_only=True)
+    num_workers: int = attrs.field(default=0, validator=whole(0), kw_only=True)
     timeout: float = attrs.field(default=0, kw_only=True)  # seconds
     worker_init_fn: fetch.Init = attrs.field(default=None, kw_only=True)
     multiprocessing_context: Any = attrs.field(default=None, kw_only=True)
@@ -104,13 +96,15 @@ class Loader:
         return plan.length(self)
 
 
-def as_loader(source: Any, **fields: Any) -> Loader:
+def as_loader(source: Any, **fields: Any) -> Loader | Stream:
     """A Loader from a torch DataLoader, a Loader, or a dataset and `batch_size=`.
 
     `fields` are those of Loader: with a dataset any of them, otherwise `seed`, `rank`,
-    `world` and `device`, since the rest is said by the source already. Raises DataError
-    for what cannot be cut exactly.
+    `world`, `device` and `env`, since the rest is said by the source already. What has
+    no items by index becomes a Stream. Raises DataError for what cannot be cut exactly.
     """
+    if stream.streams(source):
+        return stream.as_stream(source, **fields)
     if not isinstance(source, (DataLoader, Loader)):
         cut = isinstance(getattr(source, "loader", None), Loader)
         if cut or isinstance(source, Transform):
@@ -136,13 +130,15 @@ def as_loader(source: Any, **fields: Any) -> Loader:
     return Loader(source.dataset, **accept.settings_of(source), **fields)
 
 
-def guarantee(loader: Loader) -> str:
+def guarantee(loader: Loader | Stream) -> str:
     """How the batch of a step is reached: "exact", "same-ranks" or "replay".
 
     "exact": by arithmetic, in O(1). "same-ranks": by a state that was saved, on as many
     ranks. "replay": by reading again what comes before it; of a sampler of the user's
     own that is its indices and no item.
     """
+    if isinstance(loader, Stream):
+        return stream.guarantee_of(loader)
     return "exact" if loader.walk is None else "replay"
 
 
@@ -170,10 +166,15 @@ def _at(loader: Loader, step: int) -> tuple[list[int], Rows]:
     _spans(loader, step, step + 1)
     marked = deque[Rows]()
     found = next(plan.indices(loader, step, step + 1, Tensor.tolist, marked))
-    return found, marked[0] if marked else next(plan.marks(loader, step))
+    return found, marked[0] if marked else next(plan.marks(loader, step, None))
 
 
-def batches(loader: Loader, start: int = 0, stop: int | None = None) -> Iterator[Any]:
+def batches(
+    loader: Loader | Stream,
+    start: int = 0,
+    stop: int | None = None,
+    memory: stream.Reading | None = None,
+) -> Iterator[Any]:
     """This rank's batches from step `start` up to `stop`, collated, on its device.
 
     Without `stop` they end with the epoch in which `start` falls; with it they go on
@@ -181,8 +182,11 @@ def batches(loader: Loader, start: int = 0, stop: int | None = None) -> Iterator
     batch is read in O(1) from anywhere; the global random state is left alone.
     Effects: worker processes, which end with the iterator; one small collective, where
     the loader has an Env of several ranks. Law L10. An error of the dataset is noted
-    with item, worker, step and rank. Raises DataError.
+    with item, worker, step and rank. `memory` is what a State keeps of streams. Raises
+    DataError.
     """
+    if isinstance(loader, Stream):
+        return stream.read(loader, start, stop, memory)
     stop = _spans(loader, start, stop)
     if loader.num_workers and start < stop:
         passing = attrs.evolve(loader, persistent_workers=False)
@@ -244,15 +248,20 @@ def _delivered(
     loader: Loader, found: Iterator[Any], start: int, stop: int, marked: deque[Rows]
 ) -> Iterator[Any]:
     """`found`, moved and marked, with step and rank noted on what it raises."""
-    step = start
+    step, waited = start, Waited()
     if loader.batched:
         found = (_part(loader, whole, marked) for whole in found)
-    marks = iter(marked.popleft, None) if varies(loader) else plan.marks(loader, start)
+    marks = plan.marks(loader, start, waited)
+    if varies(loader):
+        marks = (attrs.evolve(one, waited=waited) for one in iter(marked.popleft, None))
     try:
         _compare(loader, start, stop)
+        began = perf_counter()
         for batch in prefetch.on_device(found, loader.device):
+            waited.seconds += perf_counter() - began
             yield stamp(batch, next(marks))
             step += 1
+            began = perf_counter()
     except Exception as error:
         where = f"rank {loader.rank} of {loader.world}"
         error.add_note(f"accelx: while getting the batch of step {step} on {where}")

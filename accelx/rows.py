@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import attrs
+import torch
 from torch import Tensor
 
 from accelx.errors import DataError
@@ -18,12 +19,29 @@ from accelx.state import State
 B = TypeVar("B")
 
 
+@attrs.define(eq=False)
+class Waited:
+    """How long a process waited for batches of one loader since a step last asked."""
+
+    seconds: float = 0.0
+
+    def take(self) -> float:
+        """The seconds so far; the count starts again at 0."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+
 @attrs.frozen
 class Rows:
     """The real rows of one global batch."""
 
-    rows: int  # on this rank; 0 where this rank only got a placeholder row
+    rows: int  # on this rank, the first ones; 0 where it only got rows that pad
     total: int  # over all ranks
+    # of a loader whose batches have one shape: rows that pad may follow the real ones,
+    # so a plain mean over rows is refused, of a full batch too
+    padded: bool = False
+    # of the loader's, the same for all its batches; says nothing about this batch
+    waited: Waited | None = attrs.field(default=None, eq=False, repr=False)
 
 
 def mark(batch: B, rows: int, total: int) -> B:
@@ -59,11 +77,49 @@ def rows_of(*args: object) -> Rows | None:
 
 def leading(*args: object) -> int | None:
     """`size(0)` of the first tensor in `args` with a dimension; None without one."""
-    return look(args)[1]
+    first = _with_rows(args)
+    return None if first is None else first.size(0)
+
+
+def _with_rows(nodes: Iterable[Any]) -> Tensor | None:
+    for node in nodes:
+        if isinstance(node, Tensor):
+            found = node if node.dim() else None
+        else:
+            found = _with_rows(_children(node))
+        if found is not None:
+            return found
+    return None
+
+
+def row_weights(batch: object) -> Tensor:
+    """1 for each real row of `batch` and 0 for each that only pads: (L,) float32.
+
+    L is `size(0)` of the batch's first tensor with a dimension, on whose device they
+    are; the real rows are the first. A batch without a mark has real rows alone. With
+    them a loss is right under padding:
+    `ax.Mean((per_row * w).sum(), w.sum())`. Raises DataError without such a tensor, and
+    where the batch has fewer rows than it says.
+    """
+    first, marked = _with_rows((batch,)), rows_of(batch)
+    if first is None:
+        raise DataError(
+            "row_weights wants a batch with rows, got "
+            f"{type(batch).__name__} without a tensor that has a dimension; give it "
+            "what ax.feed yielded, or compute weights of your own"
+        )
+    length = first.size(0)
+    real = length if marked is None else marked.rows
+    if real > length:
+        raise DataError(
+            f"the batch says that it has {real} rows here, but its tensors have "
+            f"{length}; do not drop rows after ax.feed"
+        )
+    return (torch.arange(length, device=first.device) < real).float()
 
 
 def look(args: Iterable[Any]) -> tuple[Rows | None, int | None]:
-    """The first mark in `args` and the first `size(0)`, in one walk: a step does it."""
+    """The first mark in `args`, or else the first `size(0)`: one walk, at each step."""
     return _look(args, None)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from accelx import gradients, tree
 from accelx.cut import rows_in
+from accelx.data.stream import Stream
 from accelx.engines.copies import furnished
 from accelx.engines.placed import engine_of, seal
 from accelx.errors import DataError
@@ -88,14 +89,14 @@ def feed(
 ) -> Iterator[Any]:
     """Batches on this rank's device, from step `start` up to `stop`, in O(1).
 
-    `loader` is a torch DataLoader over a map-style dataset, or a Loader. `start` is a
-    step, or a State, which also counts batches that a skipped update used. Without
-    `stop` the batches end with the epoch in which `start` lies; with it they go on
-    through as many epochs as it takes, each in an order of its own. The batch at step k
-    depends on the dataset, the seed and k alone (L10).
+    `loader` is a torch DataLoader, a Loader, or a stream. `start` is a step, or a
+    State, which also counts batches that a skipped update used, and holds where a
+    stream stands. Without `stop` the batches end with the epoch in which `start` lies;
+    with it they go on through as many epochs as it takes, each in an order of its own.
+    The batch at step k depends on the dataset, the seed and k alone (L10).
     """
     check_transform("feed", tx)
-    made: Loader = as_loader(loader)
+    made: Loader | Stream = as_loader(loader)
     for one in tx:
         if one.feed is not None:
             made = one.feed(made)
@@ -106,8 +107,9 @@ def feed(
             f"{made.world}, so rows would count more than once; put shard_loader(env) "
             "and shard_model(env) of the same env into the chain"
         )
-    first = start.position if isinstance(start, State) else start
-    return batches(made, first, stop)
+    if not isinstance(start, State):
+        return batches(made, start, stop)
+    return batches(made, start.position, stop, start.slots.get("shard_loader"))
 
 
 def grads(tx: Transform, loss: Loss) -> Step:
@@ -124,7 +126,8 @@ def grads(tx: Transform, loss: Loss) -> Step:
         check_state("grads", state)
         began = perf_counter()
         after, out = run(state, *args)
-        out = attrs.evolve(out, late=None, times={"grads": perf_counter() - began})
+        times = {**out.times, "grads": perf_counter() - began}
+        out = attrs.evolve(out, late=None, times=times)
         after = attrs.evolve(after, pending=True)
         spend(state, f"grads at step {after.step}")
         return after, out
@@ -200,7 +203,8 @@ def _update(tx: Transform) -> Step:
             state.model.zero_grad(set_to_none=True)
             return stepped(state, made=False), out
         engine.update(state)
-        times = {"grads": seconds, "update": perf_counter() - began}
+        took = perf_counter() - began
+        times = {**out.times, "grads": seconds, "update": took}
         state, out = stepped(state, made=True), moved(out, times)
         for one in active:
             if one.after is not None:
@@ -216,8 +220,9 @@ def measure(tx: Transform, fn: Loss) -> Callable[..., Any]:
     """An evaluation step: (State, *args) -> this rank's Means, with no gradient.
 
     `fn(model, *args)` returns a scalar that is a mean over rows, a Mean, or a tree of
-    them; the result has a Mean for each, and rows that only pad count for nothing. Add
-    them up over batches, then `reduce` over ranks: exact on any number of ranks. The
+    them; the result has a Mean for each, and rows that only pad count for nothing. Of
+    batches with static shapes only a Mean is taken, with `row_weights` in it. Add them
+    up over batches, then `reduce` over ranks: exact on any number of ranks. The
     state is not spent, the model is in evaluation mode.
     """
     check_transform("measure", tx)
@@ -227,7 +232,8 @@ def measure(tx: Transform, fn: Loss) -> Callable[..., Any]:
     last = [one.done for one in tx if one.done is not None]
 
     def measured(state: State, *args: Any) -> Any:
-        rows = rows_in(args, gradients.env_of(state).world).rows
+        marked = rows_in(args, gradients.env_of(state).world)
+        rows = marked.rows
         with evaluating(state) as model:
             result = fn(model, *args)
 
@@ -237,6 +243,8 @@ def measure(tx: Transform, fn: Loss) -> Callable[..., Any]:
                     torch.as_tensor(leaf.total),
                     torch.as_tensor(leaf.weight),
                 )
+            elif marked.padded:
+                raise gradients.plain_mean("a number that ax.measure takes")
             else:
                 total = torch.as_tensor(leaf) * (rows or 1)
                 weight = torch.tensor(rows or 1)

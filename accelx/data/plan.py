@@ -14,7 +14,7 @@ from accelx.data.orders import Order, Own, Seeded
 from accelx.data.walks import Walk
 from accelx.errors import DataError
 from accelx.permutation import SORTED, key
-from accelx.rows import Rows
+from accelx.rows import Rows, Waited
 
 if TYPE_CHECKING:
     from accelx.loader import Loader
@@ -92,17 +92,17 @@ def share(loader: Loader, m: int) -> tuple[int, int]:
     return m * loader.rank // loader.world, m * (loader.rank + 1) // loader.world
 
 
-def rows(loader: Loader, m: int) -> Rows:
+def rows(loader: Loader, m: int, waited: Waited | None) -> Rows:
     """The mark of a batch of m rows."""
     low, high = share(loader, m)
-    return Rows(high - low, m)
+    return Rows(high - low, m, loader.static_shapes, waited)
 
 
-def marks(loader: Loader, start: int) -> Iterator[Rows]:
+def marks(loader: Loader, start: int, waited: Waited | None) -> Iterator[Rows]:
     """The marks of the batches from step `start` on, by arithmetic."""
     n, size = _counts(loader)
     each, full = length(loader), n // size
-    whole, short = rows(loader, size), rows(loader, n - full * size)
+    whole, short = (rows(loader, m, waited) for m in (size, n - full * size))
     for step in itertools.count(start):
         yield short if step % each >= full else whole
 

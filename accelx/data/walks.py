@@ -86,7 +86,8 @@ def by_batches(sampler: Any) -> Walk:
         counted = getattr(sampler, "count", None)
         over: Any = sampler.over
         count = counted or (lambda seed, epoch: sum(1 for _ in over(seed, epoch)))
-        return Walk(over, count, counted is None and hasattr(sampler, "__len__"), name)
+        as_long = counted is None and hasattr(sampler, "__len__")
+        return Walk(over, count, getattr(sampler, "constant", as_long), name)
 
     def walk(seed: int, epoch: int) -> Iterator[list[int]]:
         return (list(map(int, batch)) for batch in _steps(sampler, seed, epoch))

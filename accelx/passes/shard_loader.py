@@ -30,6 +30,9 @@ def shard_loader(env: Env, seed: int = 0, *, ragged: bool = False) -> Transform:
     batch size works on any number of ranks, and so does a short last batch: `step`
     weighs rows.
 
+    A stream, whose items have no index, is divided where it has shards for all ranks,
+    or else read by rank 0; `state.slots["shard_loader"]` keeps where it stands.
+
     Alone, `shard_loader(env)(loader)` is an iterable for a loop of your own, whose loss
     knows no weights: batches that do not divide over ranks are refused, unless
     `ragged=True` says that the loop sums and counts for itself, as evaluation does.
@@ -38,33 +41,38 @@ def shard_loader(env: Env, seed: int = 0, *, ragged: bool = False) -> Transform:
     check_env("shard_loader", env)
     check_seed(seed)
     spec = ShardLoader(env, seed, ragged)
-
-    def placed(loader: Any) -> Any:
-        return attrs.evolve(
-            loader,
-            seed=seed,
-            rank=env.rank,
-            world=env.world,
-            device=env.device,
-            env=env,
-        )
-
-    def alone(source: Any) -> Any:
-        from accelx.loader import as_loader
-        from accelx.loader_epochs import Epochs
-
-        return Epochs(placed(as_loader(source)), ragged=ragged)
-
     rules = Rules(once=True, why="the data is divided over ranks once")
-    return Transform(
-        (
-            Pass(
-                "shard_loader",
-                spec,
-                feed=placed,
-                alone=alone,
-                rules=rules,
-                neutral=True,
-            ),
-        )
+    one = Pass(
+        "shard_loader",
+        spec,
+        feed=lambda loader: _placed(spec, loader),
+        alone=lambda source: _alone(spec, source),
+        rules=rules,
+        neutral=True,
     )
+    return Transform((one,))
+
+
+def _placed(spec: ShardLoader, loader: Any) -> Any:
+    """A Loader or a Stream as this rank reads it."""
+    env = spec.env
+    return attrs.evolve(
+        loader,
+        seed=spec.seed,
+        rank=env.rank,
+        world=env.world,
+        device=env.device,
+        env=env,
+    )
+
+
+def _alone(spec: ShardLoader, source: Any) -> Any:
+    from accelx.data.stream_epochs import StreamEpochs
+    from accelx.data.stream_record import Stream
+    from accelx.loader import as_loader
+    from accelx.loader_epochs import Epochs
+
+    made = _placed(spec, as_loader(source))
+    if isinstance(made, Stream):
+        return StreamEpochs(made, ragged=spec.ragged)
+    return Epochs(made, ragged=spec.ragged)

@@ -11,7 +11,7 @@ FLOORS = {
     1: "_torch env loader accept fetch prefetch comm rng storage deferred data explain",
     2: "engines saves",
     3: "passes",
-    4: "run gradients optimizers",
+    4: "run gradients optimizers fit report",
     5: "spawn launch testing doctor checkpoint checkpoints",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}

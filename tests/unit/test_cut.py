@@ -9,7 +9,7 @@ from hypothesis import given, strategies as st
 import accelx as ax
 from accelx.cut import add, cut, rows_in
 from accelx.records import Out
-from accelx.rows import Rows, mark, rows_of
+from accelx.rows import Rows, mark, row_weights, rows_of, stamp
 
 
 @dataclasses.dataclass
@@ -91,3 +91,35 @@ def test_a_part_without_rows_adds_nothing_even_if_it_is_nan():
     whole = add([Out(torch.tensor(3.0), 2, aux=torch.zeros(2)), nothing])
     assert whole.loss == 3.0
     assert whole.aux.tolist() == [0, 0]
+
+
+@given(
+    st.integers(1, 5), st.integers(1, 6), st.integers(0, 30), st.sampled_from([1, 3])
+)
+def test_a_padded_batch_is_cut_into_one_shape(n, size, rows, ranks):
+    """Every part has as many rows, its own count, and the weights of the whole."""
+    rows = min(rows, n * size)
+    whole = stamp(torch.arange(n * size), Rows(rows, 30, padded=True))
+    parts = [args[0] for args in cut((whole,), n, ranks)]
+    assert [part.shape for part in parts] == [(size,)] * n
+    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(torch.cat([row_weights(p) for p in parts]), row_weights(whole))
+    marks = [rows_of(part) for part in parts]
+    assert sum(one.rows for one in marks) == rows
+    assert all(one.padded and one.total == 30 for one in marks)
+
+
+def test_a_padded_batch_is_not_cut_unevenly():
+    """Four or fewer microbatches of another shape would be compiled once more."""
+    x = stamp(torch.ones(6), Rows(5, 5, padded=True))
+    with pytest.raises(ax.DataError, match=r"accumulate\(4\) .* n = 1, 2, 3 or 6"):
+        cut((x,), 4, 1)
+    with pytest.raises(ax.DataError, match="3 rows here, of which 5 are real"):
+        cut((stamp(torch.ones(3), Rows(5, 5, padded=True)),), 3, 1)
+
+
+def test_a_scalar_ahead_of_the_rows_is_no_hindrance():
+    """It is marked as they are, and has no rows to cut."""
+    batch = mark({"heat": torch.tensor(2.0), "x": torch.arange(4)}, 4, 4)
+    parts = [args[0] for args in cut((batch,), 2, 1)]
+    assert [part["x"].tolist() for part in parts] == [[0, 1], [2, 3]]
