@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .data.files import from_files as from_files
     from .data.lengths import by_length as by_length, by_tokens as by_tokens
     from .data.mix import mix as mix
-    from .data.pack import pack as pack
+    from .data.pack import block_mask as block_mask, pack as pack
     from .data.sample import sample_rng as sample_rng, seeded as seeded
     from .env import close as close, connect as connect, detect as detect
     from .errors import (
@@ -124,7 +124,7 @@ _NAMES = {
     "data.files": ("from_files",),
     "data.lengths": ("by_length", "by_tokens"),
     "data.mix": ("mix",),
-    "data.pack": ("pack",),
+    "data.pack": ("block_mask", "pack"),
     "data.sample": ("sample_rng", "seeded"),
     "rows": ("row_weights",),
     "rng": ("seed",),

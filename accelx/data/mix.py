@@ -167,13 +167,23 @@ class Mixture:
         """The items that are a source's draws number `drawn`: (n,) int64."""
         size = self._sizes[number]
         epoch, at = drawn // size, drawn % size
-        if not self.shuffle:
+        source = tuple(self.sources.values())[number]
+        if not self.shuffle and not hasattr(source, "order_at"):
             return at
         own, out = key(_MIX, self.seed, number) >> 1, torch.empty_like(at)
         for one in epoch.unique().tolist():
             here = (epoch == one).nonzero().view(-1)
-            out[here] = permute(size, own, one, at[here])
+            out[here] = self._ordered(source, size, own, one, at[here])
         return out
+
+    def _ordered(
+        self, source: Any, size: int, seed: int, epoch: int, at: Tensor
+    ) -> Tensor:
+        """The items at rows `at` of one epoch of a source, in its own order if any."""
+        if not hasattr(source, "order_at"):
+            return permute(size, seed, epoch, at)
+        words = {"shuffle": self.shuffle, "seed": seed, "epoch": epoch}
+        return source.order_at(at, **words, batch_size=1)
 
     def _place(self, index: int) -> tuple[int, int]:
         """The source's number, and the item in it, of an index."""
@@ -218,11 +228,10 @@ def _check_sources(sources: Any) -> None:
                 "a source of a mixture must have a length and items by index, got "
                 f"{type(source).__name__} for {name!r}; give a map-style dataset"
             )
-        if hasattr(source, "order_at"):
+        if isinstance(source, Mixture):
             raise DataError(
-                "a source of a mixture is read in the order that the mixture draws, "
-                f"got {name!r} with an order of its own, {type(source).__name__}; mix "
-                "the sources inside it instead"
+                "a source of a mixture has each of its items once an epoch, got the "
+                f"mixture {name!r}; mix the sources inside it instead"
             )
         if not len(source):
             raise DataError(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from accelx import fetch
 from accelx.data.lengths import INTEGERS, Lengths, as_lengths, greedy_ends, whole
+from accelx.data.mix import Mixture
 from accelx.errors import DataError
 from accelx.records import code
 
@@ -266,10 +267,10 @@ def _check_documents(dataset: Any, lengths: Lengths) -> None:
             "pack(...)(dataset, lengths) wants documents by index, got "
             f"{type(dataset).__name__}; leave out lengths for a stream"
         )
-    if hasattr(dataset, "order_at"):
+    if isinstance(dataset, Mixture):
         raise DataError(
-            "pack wants documents in a fixed row, got one with an order of its own, "
-            f"{type(dataset).__name__}; pack each source and mix what comes out"
+            "pack wants documents in a fixed row, got a mixture, whose rows are drawn; "
+            "pack each source and mix what comes out"
         )
     if len(dataset) != len(lengths):
         raise DataError(

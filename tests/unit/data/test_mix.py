@@ -256,7 +256,7 @@ AB = {"a": [1], "b": [2]}
         (([[1], [2]], [1, 1]), "datasets by name, got list"),
         (({"a": iter([1])}, [1]), "list_iterator for 'a'"),
         (({"a": [1], "b": []}, [1, 1]), "got none in 'b'"),
-        (({"a": mix(AB, [1, 1])}, [1]), "'a' with an order of its own, Mixture"),
+        (({"a": mix(AB, [1, 1])}, [1]), "the mixture 'a'; mix the sources inside"),
         ((AB, {"a": 1}), r"\['a', 'b'\], got weights for \['a'\]"),
         ((AB, {"a": 1, "c": 1}), r"got weights for \['a', 'c'\]"),
         ((AB, [1]), "2 sources, got 1; .*'a'"),
@@ -292,3 +292,19 @@ def test_it_prints_as_the_code_that_makes_it():
     assert repr(mix({"a": [1]}, [1])) == "mix({'a': <list of 1>}, {'a': 1})"
     assert isinstance(full, Mixture)
     assert (len(full), len(mix(AB, [1, 1]))) == (9, 2)
+
+
+class Backward(list):
+    """A dataset with an order of its own: backward in odd epochs."""
+
+    def order_at(self, positions, *, shuffle, seed, epoch, batch_size):
+        assert batch_size == 1
+        return len(self) - 1 - positions if epoch % 2 else positions
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_source_with_an_order_of_its_own_is_read_in_it(shuffle):
+    """Its draws are the positions of its own epochs."""
+    mixture = mix({"a": Backward(range(4)), "b": range(100)}, [1, 1], shuffle=shuffle)
+    found = [mixture[i] for i in mixture.order(0)[:24] if mixture.source_of(i) == "a"]
+    assert found == [0, 1, 2, 3, 3, 2, 1, 0, 0, 1, 2, 3]

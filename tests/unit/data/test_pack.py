@@ -311,7 +311,7 @@ def test_transformers_finds_the_boundaries_that_positions_tell():
         (lambda: pack(4)(iter(DOCS), [1]), "by index, got list_iterator"),
         (lambda: pack(4)(DOCS, [3, 0, 1, 6, -2]), "at least 0, got -2 for item 4"),
         (lambda: pack(3)([[1, 2, 3]], [4])[0], "length says, 4, got 3"),
-        (lambda: pack(4)(mix({"a": DOCS}, [1]), [1]), "order of its own, Mixture"),
+        (lambda: pack(4)(mix({"a": DOCS}, [1]), [1]), "mixture, whose rows are drawn"),
     ],
 )
 def test_what_cannot_be_packed_is_refused(make, match):
