@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         UnusedParameterError as UnusedParameterError,
     )
     from .explain import explain as explain
+    from .fit import fit_batch as fit_batch
     from .loader import Loader as Loader
     from .optimizers import param_groups as param_groups
     from .passes.accumulate import accumulate as accumulate
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
         Rules as Rules,
         Transform as Transform,
     )
+    from .report import describe as describe
     from .rng import seed as seed
     from .rows import row_weights as row_weights
     from .run import (
@@ -127,6 +129,8 @@ _NAMES = {
     "data.pack": ("block_mask", "pack"),
     "data.sample": ("sample_rng", "seeded"),
     "rows": ("row_weights",),
+    "fit": ("fit_batch",),
+    "report": ("describe",),
     "rng": ("seed",),
     "comm": (
         *("barrier", "broadcast", "gather", "gather_objects", "gather_rows"),

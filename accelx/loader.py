@@ -89,6 +89,10 @@ class Loader:
                 "write batch_size=, or leave static_shapes out"
             )
 
+    def with_static_shapes(self) -> Loader:
+        """The same, each batch of one shape on every rank."""
+        return attrs.evolve(self, static_shapes=True)
+
     def __repr__(self) -> str:
         return code(f"Loader({_brief(self.dataset)}, ", self).replace(", (", ", ", 1)
 

@@ -26,6 +26,12 @@ class Epochs:
     """
 
     def __init__(self, loader: Loader, *, ragged: bool = False, epoch: int = 0) -> None:
+        if loader.static_shapes and not ragged:
+            raise DataError(
+                "a loop with a loss of its own takes padding for rows, got "
+                "static_shapes=True; write ragged=True as well, and weigh rows by "
+                "ax.row_weights(batch)"
+            )
         for m in _sizes(loader):
             _check_rows(loader, m, ragged)
         self.loader = loader
@@ -85,7 +91,7 @@ def _sizes(loader: Loader) -> list[int]:
 
 def _check_rows(loader: Loader, m: int, ragged: bool) -> None:
     w, n, size = loader.world, len(loader.dataset), loader.batch_size
-    if m % w == 0 or (ragged and m >= w):
+    if m % w == 0 or (ragged and m >= w) or loader.static_shapes:
         return
     short = size is not None and m < size and not loader.batched
     what = "the last batch" if short else "each batch" if size else "a batch"

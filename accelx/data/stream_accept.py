@@ -90,9 +90,25 @@ def _check_settings(source: DataLoader[Any]) -> None:
             "shard_loader wants a DataLoader that keeps the order, got in_order=False, "
             "by which batches come as workers are ready; drop in_order="
         )
+    _check_undivided(source)
     if getattr(source, "next_iter_state", None) is not None:
         raise DataError(
             "feed goes on from where the state says, got a StatefulDataLoader with a "
             "state of its own loaded; save and load with ax.save_state and "
             "ax.load_state, and write ax.feed(tx, loader, start=state)"
         )
+
+
+def _check_undivided(source: DataLoader[Any]) -> None:
+    """Refuse what gives each rank its part already: rank 0's would be taken for all."""
+    batches: Any = source.batch_sampler
+    inside = (source.sampler, batches, getattr(batches, "sampler", None))
+    for one in (*inside, source.dataset):
+        for name in ("num_replicas", "num_processes"):
+            if hasattr(one, name):
+                raise DataError(
+                    "shard_loader wants the whole stream, and gives each rank its "
+                    f"part, got {type(one).__name__} with {name}="
+                    f"{getattr(one, name)}, which cuts it before; give the loader the "
+                    "data as it was"
+                )

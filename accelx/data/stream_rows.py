@@ -29,12 +29,17 @@ class _Chunks:
     following: Callable[[], Any]  # raises StopIteration
     state: Callable[[], Any] | None
     close: Callable[[], None]
-    drawn: Lent
+    drawn: Lent | None = None  # what the source draws by in this process
 
     def next(self) -> Any:
         """The next chunk. Raises StopIteration at the end of the epoch."""
-        with self.drawn.lent():
+        if self.drawn is None:
             return self.following()
+        with self.drawn.lent():  # 0.3 ms, nearly all of it NumPy's
+            found = self.following()
+        if self.state is not None:
+            self.drawn = None  # what it has begun with is in its state from now on
+        return found
 
 
 @attrs.define(eq=False)
@@ -96,13 +101,13 @@ def reader(stream: Stream, spot: Spot, number: int, of: int, tracked: bool) -> R
     start = key(_STREAM, stream.seed, number, spot.epoch, behind)
     drawn = Lent.of(start >> 1)
     if spot.state == OVER:
-        chunks = _nothing(drawn)
+        chunks = _nothing()
     elif stream.batch_size is None:
         with drawn.lent():
             chunks = _batches(stream, spot, drawn)
     elif stream.num_workers:
         stateful = tracked and parts.remembers(stream)
-        chunks = _by_workers(stream, spot, number, of, drawn, stateful)
+        chunks = _by_workers(stream, spot, number, of, stateful)
     else:
         chunks = _here(stream, spot, number, of, drawn)
     made = Reader(chunks, tracked)
@@ -135,8 +140,8 @@ def _here(stream: Stream, spot: Spot, number: int, of: int, drawn: Lent) -> _Chu
     )
 
 
-def _nothing(drawn: Lent) -> _Chunks:
-    return _Chunks(iter(()).__next__, lambda: OVER, lambda: None, drawn)
+def _nothing() -> _Chunks:
+    return _Chunks(iter(()).__next__, lambda: OVER, lambda: None)
 
 
 def _size(stream: Stream, number: int, of: int) -> int:
@@ -146,7 +151,7 @@ def _size(stream: Stream, number: int, of: int) -> int:
 
 
 def _by_workers(
-    stream: Stream, spot: Spot, number: int, of: int, drawn: Lent, stateful: bool
+    stream: Stream, spot: Spot, number: int, of: int, stateful: bool
 ) -> _Chunks:
     place = stream.source, number, of, spot.epoch
     part = parts.StatefulPart(*place) if stateful else parts.Part(*place)
@@ -171,7 +176,6 @@ def _by_workers(
         lambda: unpacked(next(found)),
         workers.state_dict if stateful else None,
         _closing(found),
-        drawn,
     )
 
 

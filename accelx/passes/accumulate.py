@@ -27,7 +27,8 @@ def accumulate(n: int) -> Transform:
     batch is cut along dimension 0 of its tensors and along lists with one entry a row;
     0-dim tensors, numbers and the like go to every microbatch. One reduction over ranks
     a step. Raises ValueError if n < 1, DataError for a tensor that has neither the
-    batch's rows nor no dimension. Batch normalisation sees microbatches: use another
+    batch's rows nor no dimension, and for batches of static shapes whose rows `n` does
+    not divide. Batch normalisation sees microbatches: use another
     normalisation.
     """
     if not isinstance(n, int) or n < 1:  # type: ignore[reportUnnecessaryIsInstance]

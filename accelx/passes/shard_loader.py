@@ -17,18 +17,25 @@ class ShardLoader:
     env: Env
     seed: int = 0
     ragged: bool = False
+    static_shapes: bool = False
 
     def __repr__(self) -> str:
         return code("shard_loader", self)
 
 
-def shard_loader(env: Env, seed: int = 0, *, ragged: bool = False) -> Transform:
+def shard_loader(
+    env: Env, seed: int = 0, *, ragged: bool = False, static_shapes: bool = False
+) -> Transform:
     """Give each rank its rows of each batch: every sample once, in seeded order (L10).
 
     The loader's `batch_size` is the global batch, whatever the number of ranks. A
     shuffled loader's order depends on `seed` and the epoch alone. In a pipeline any
     batch size works on any number of ranks, and so does a short last batch: `step`
     weighs rows.
+
+    With `static_shapes` every batch has ceil(batch_size / world) rows on each rank, for
+    compilers and XLA: real ones first, then rows that only pad. A loss then returns an
+    `ax.Mean` weighed by `ax.row_weights(batch)`; a plain mean is refused.
 
     A stream, whose items have no index, is divided where it has shards for all ranks,
     or else read by rank 0; `state.slots["shard_loader"]` keeps where it stands.
@@ -40,7 +47,7 @@ def shard_loader(env: Env, seed: int = 0, *, ragged: bool = False) -> Transform:
     """
     check_env("shard_loader", env)
     check_seed(seed)
-    spec = ShardLoader(env, seed, ragged)
+    spec = ShardLoader(env, seed, ragged, static_shapes)
     rules = Rules(once=True, why="the data is divided over ranks once")
     one = Pass(
         "shard_loader",
@@ -56,7 +63,7 @@ def shard_loader(env: Env, seed: int = 0, *, ragged: bool = False) -> Transform:
 def _placed(spec: ShardLoader, loader: Any) -> Any:
     """A Loader or a Stream as this rank reads it."""
     env = spec.env
-    return attrs.evolve(
+    placed = attrs.evolve(
         loader,
         seed=spec.seed,
         rank=env.rank,
@@ -64,6 +71,7 @@ def _placed(spec: ShardLoader, loader: Any) -> Any:
         device=env.device,
         env=env,
     )
+    return placed.with_static_shapes() if spec.static_shapes else placed
 
 
 def _alone(spec: ShardLoader, source: Any) -> Any:

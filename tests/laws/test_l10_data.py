@@ -128,6 +128,18 @@ def test_a_rank_without_rows_has_one_row_that_counts_for_nothing(loader, world, 
     assert max(m.rows for m in marks) - min(m.rows for m in marks) <= 1
 
 
+@given(LOADERS, WORLDS, STEPS)
+def test_static_shapes_add_rows_that_count_for_nothing(loader, world, stop):
+    """One shape on each rank at each step; the real rows are those without it."""
+    assume(len(loader))
+    static = loader.with_static_shapes()
+    for rank in range(world):
+        found = list(batches(on_rank(static, rank, world), 0, stop))
+        assert {len(b[0]) for b in found} <= {-(-loader.batch_size // world)}
+        assert all(rows_of(b).padded for b in found)
+    assert union(static, world, 0, stop) == references(loader, 0, stop)
+
+
 @given(LOADERS)
 def test_the_order_depends_on_seed_and_epoch(loader):
     """Shuffled epochs differ, and so do seeds; epochs in order are all the same."""

@@ -22,6 +22,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
+import accelx as ax
 from accelx import fetch
 from accelx.errors import DataError
 from accelx.loader import (
@@ -481,3 +482,39 @@ def test_columns_of_a_tensordataset_are_not_read_one_by_one():
     assert fetch.fetcher(columns(), collate)[0] is torch.Tensor.unbind
     assert fetch.fetcher(columns(), list)[0] is torch.Tensor.tolist
     assert fetch.fetcher(Subset(columns(), [1]), collate)[0] is torch.Tensor.tolist
+
+
+def test_static_shapes_want_known_sizes_and_a_loop_that_weighs():
+    """Refused for batches of unknown sizes, and for a loop that would count padding."""
+    env = ax.Env()
+    for source in (
+        DataLoader(D, batch_sampler=[[1], [2, 3]]),
+        DataLoader([[1, 2]], batch_size=None),
+    ):
+        with pytest.raises(DataError, match="batches of one known size"):
+            next(ax.feed(ax.shard_loader(env, static_shapes=True), source))
+    source = DataLoader(columns(5), 2)
+    with pytest.raises(DataError, match="ragged=True as well"):
+        ax.shard_loader(env, static_shapes=True)(source)
+    weighing = ax.shard_loader(env, static_shapes=True, ragged=True)(source)
+    assert [ax.row_weights(batch).tolist() for batch in weighing] == [
+        *([1, 1], [1, 1], [1, 0]),
+    ]
+
+
+def test_the_time_waited_for_data_is_counted(monkeypatch):
+    """What the dataset takes is there for the step, once; the loop's own is not."""
+    clock = [0.0]
+    monkeypatch.setattr("accelx.loader.perf_counter", lambda: clock[0])
+
+    class Slow(Squares):
+        def __getitem__(self, index):
+            clock[0] += 1
+            return torch.tensor(float(index))
+
+    found = []
+    for batch in batches(Loader(Slow(4), 2)):
+        clock[0] += 10
+        waited = rows_of(batch).waited
+        found += [waited.take(), waited.take()]
+    assert found == [2, 0, 2, 0]
