@@ -150,7 +150,7 @@ def _once(number: int, frame: Any) -> None:
     signal.signal(number, signal.SIG_DFL)
 
 
-def _answered() -> tuple[signal.Signals, ...]:
+def answered() -> tuple[signal.Signals, ...]:
     """Signals that end a process by default, and that this program answers itself."""
     each = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
     return tuple(one for one in each if callable(signal.getsignal(one)))
@@ -175,7 +175,7 @@ def pool(
         Noted(dataset),  # pyright: ignore[reportArgumentType]
         batch_sampler=spans,
         collate_fn=collate,
-        worker_init_fn=Began(init, _answered()),
+        worker_init_fn=Began(init, answered()),
         **settings,
     )
     return workers, spans

@@ -110,7 +110,7 @@ def as_loader(source: Any, **fields: Any) -> Loader | Stream:
     if stream.streams(source):
         return stream.as_stream(source, **fields)
     if not isinstance(source, (DataLoader, Loader)):
-        cut = isinstance(getattr(source, "loader", None), Loader)
+        cut = isinstance(getattr(source, "loader", None), (Loader, Stream))
         if cut or isinstance(source, Transform):
             raise DataError(
                 f"wanted a DataLoader, got {_brief(source)}; write "

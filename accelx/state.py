@@ -24,6 +24,24 @@ class Transient:
     __slots__ = ()
 
 
+class Occasional:
+    """Base of a slot that is saved only while it is not `empty`, and may be missing."""
+
+    __slots__ = ()
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to save."""
+        raise NotImplementedError
+
+
+def is_saved(slot: object) -> bool:
+    """Whether a checkpoint holds this slot."""
+    if isinstance(slot, Occasional):
+        return not slot.empty
+    return not isinstance(slot, Transient)
+
+
 @attrs.frozen(eq=False, repr=False, slots=True)
 class State:
     """Model, optimizers, step, a slot for each pass that remembers. Used once (L7).

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import operator
-import random
-import sys
-from collections.abc import Generator
-from contextlib import contextmanager
 from typing import Any
 
 import attrs
 import torch
 
+from accelx.data.lent import Lent
 from accelx.errors import DataError
 from accelx.permutation import check_seed, key
 
@@ -70,7 +67,7 @@ class SeededItems:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        with _drawing_from(_start(self.seed, self.epoch, index)):
+        with Lent.of(_start(self.seed, self.epoch, index)).lent():
             return self.dataset[index]
 
     def __getattr__(self, name: str) -> Any:
@@ -91,22 +88,3 @@ def _start(seed: int, epoch: int, index: int) -> int:
             f"epoch={epoch}, index={index}; count both from 0"
         )
     return key(_SAMPLE, seed, epoch, index)
-
-
-@contextmanager
-def _drawing_from(start: int) -> Generator[None]:
-    """The global generators start from `start`; afterwards they are where they were."""
-    numpy: Any = sys.modules.get("numpy")  # what is not imported draws nothing
-    python, own = random.getstate(), torch.get_rng_state()
-    drawn = None if numpy is None else numpy.random.get_state()
-    random.seed(start)
-    torch.default_generator.manual_seed(start)
-    if numpy is not None:
-        numpy.random.seed(start % 2**32)
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        torch.set_rng_state(own)
-        if numpy is not None:
-            numpy.random.set_state(drawn)

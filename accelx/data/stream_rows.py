@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from accelx import _torch, fetch
 from accelx.data import stream_parts as parts
-from accelx.data.stream_random import Lent
+from accelx.data.lent import Lent
 from accelx.data.stream_record import Spot, Stream
 from accelx.data.stream_wire import packed, unpacked
 from accelx.permutation import key
@@ -162,7 +162,7 @@ def _by_workers(
         part,
         batch_size=_size(stream, number, of),
         collate_fn=packed,
-        worker_init_fn=fetch.Began(stream.worker_init_fn),
+        worker_init_fn=fetch.Began(stream.worker_init_fn, fetch.answered()),
         generator=seeds,
         num_workers=stream.num_workers,
         timeout=stream.timeout,

@@ -18,6 +18,7 @@ from accelx.data.stream_parts import readers_of, remembers
 from accelx.data.stream_record import Spot, Stream
 from accelx.errors import DataError
 from accelx.records import Env
+from accelx.state import Occasional
 
 RECENT = 4  # steps: on CUDA a batch is read ahead of the one that is handed out
 
@@ -38,7 +39,7 @@ class _Place:
 
 
 @attrs.define(eq=False)
-class Reading:
+class Reading(Occasional):
     """What shard_loader keeps of the streams that `feed(tx, loader, start=state)` read.
 
     Without any it holds nothing, and nothing is saved of it. Streams are told apart by

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import copy
 import itertools
-import random
-import sys
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
 import torch
 
+from accelx.data.lent import Lent
 from accelx.errors import DataError
 from accelx.permutation import key
 
@@ -138,7 +136,7 @@ def _steps(sampler: Any, seed: int, epoch: int) -> Iterator[Any]:
         own.set_epoch(epoch)
     if hasattr(own, "generator"):
         own.generator = torch.Generator().manual_seed(start)
-    drawn = _Streams.of(start)
+    drawn = Lent.of(start)
     with drawn.lent():
         iterator = iter(own)
     size = 1
@@ -149,44 +147,3 @@ def _steps(sampler: Any, seed: int, epoch: int) -> Iterator[Any]:
         if len(found) < size:
             return
         size = min(2 * size, AT_ONCE)
-
-
-@attrs.define
-class _Streams:
-    """Where the global generators of a walk stand, while it is not drawing."""
-
-    python: Any
-    torch: Any
-    numpy: Any
-
-    @classmethod
-    def of(cls, start: int) -> _Streams:
-        numpy = sys.modules.get("numpy")
-        drawn = None
-        if numpy is not None:
-            drawn = numpy.random.RandomState(start % 2**32).get_state()
-        return cls(
-            random.Random(start).getstate(),
-            torch.Generator().manual_seed(start).get_state(),
-            drawn,
-        )
-
-    @contextmanager
-    def lent(self) -> Generator[None]:
-        """The global generators stand where these do; afterwards where they were."""
-        numpy: Any = sys.modules.get("numpy") if self.numpy is not None else None
-        before = random.getstate(), torch.get_rng_state()
-        drawn = None if numpy is None else numpy.random.get_state()
-        random.setstate(self.python)
-        torch.set_rng_state(self.torch)
-        if numpy is not None:
-            numpy.random.set_state(self.numpy)
-        try:
-            yield
-        finally:
-            self.python, self.torch = random.getstate(), torch.get_rng_state()
-            random.setstate(before[0])
-            torch.set_rng_state(before[1])
-            if numpy is not None:
-                self.numpy = numpy.random.get_state()
-                numpy.random.set_state(drawn)

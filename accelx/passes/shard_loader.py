@@ -52,6 +52,7 @@ def shard_loader(
     one = Pass(
         "shard_loader",
         spec,
+        start=lambda state, tx: _opened(spec, state),
         feed=lambda loader: _placed(spec, loader),
         alone=lambda source: _alone(spec, source),
         rules=rules,
@@ -84,3 +85,10 @@ def _alone(spec: ShardLoader, source: Any) -> Any:
     if isinstance(made, Stream):
         return StreamEpochs(made, ragged=spec.ragged)
     return Epochs(made, ragged=spec.ragged)
+
+
+def _opened(spec: ShardLoader, state: Any) -> Any:
+    from accelx.data.stream_state import Reading
+    from accelx.state import with_slot
+
+    return with_slot(state, "shard_loader", Reading(spec.env))

@@ -17,7 +17,7 @@ from accelx.saves.check import LONG
 from accelx.saves.lie import Lie, Slice, lie
 from accelx.saves.streams import SIZE, now
 from accelx.saves.typed import encode
-from accelx.state import State, Transient
+from accelx.state import State, is_saved
 
 RANDOM = "random"  # (ranks, SIZE) uint8, each rank its row
 
@@ -53,7 +53,7 @@ def contents(
     for i, optimizer in enumerate(state.optimizers):
         values |= optim.describe(i, optimizer, names, keep)
     for name, slot in state.slots.items():
-        if not isinstance(slot, Transient):
+        if is_saved(slot):
             values[f"slots.{name}"] = encode(slot, f"slots.{name}", keep)
     memo: dict[Any, Any] = {}
     lies = {name: lie(name, tensor, memo) for name, tensor in tensors.items()}

@@ -11,7 +11,7 @@ from accelx.errors import CheckpointError
 from accelx.saves import optim
 from accelx.saves.contents import model_tensors
 from accelx.saves.manifest import Manifest
-from accelx.state import State, Transient
+from accelx.state import Occasional, State, Transient
 
 
 @attrs.frozen
@@ -116,7 +116,8 @@ def _training(names: Names, state: State) -> list[str]:
     values = names.manifest.values
     theirs = {k for k in values if k.startswith("optim.")}
     ours = {f"optim.{i}.{w}" for i in range(len(state.optimizers)) for w in _OPTIM}
-    slots = [n for n, s in state.slots.items() if not isinstance(s, Transient)]
+    loose = (Transient, Occasional)  # what a checkpoint need not hold
+    slots = [n for n, s in state.slots.items() if not isinstance(s, loose)]
     absent = [*sorted(ours - theirs), *(f"slots.{n}" for n in slots)]
     over = sorted(theirs - ours)
     faults = [f"{k} is in it and not here" for k in over if names.wanted(k)]

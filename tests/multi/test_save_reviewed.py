@@ -241,7 +241,7 @@ tx = ax.chain(
 )
 if not {heard}:  # a program that answers, but whose workers do not
     from accelx import fetch
-    fetch._answered = tuple
+    fetch.answered = tuple
     tx = ax.chain(tx, ax.on_preempt(env, {folder!r}))
 sgd = lambda m: torch.optim.SGD(m.parameters(), 0.1)
 state = ax.init(tx, torch.nn.Linear(2, 1), sgd)

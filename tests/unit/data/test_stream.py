@@ -14,6 +14,7 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from hypothesis import given, settings, strategies as st
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import accelx as ax
@@ -155,6 +156,18 @@ def test_what_cannot_be_read_as_asked_is_refused():
     cut = split_dataset_by_node(hub(), 0, 2)
     with pytest.raises(ax.DataError, match="has cut before"):
         readers_of(over(as_stream(cut, batch_size=2), 2))
+
+
+def test_a_loader_that_was_divided_before_is_refused():
+    """Of it rank 0 would read its own part only, and that would pass for the whole."""
+    data = list(range(9))
+    cut = DistributedSampler(data, num_replicas=2, rank=0)
+    with pytest.raises(ax.DataError, match="num_replicas=2, which cuts it before"):
+        as_stream(StatefulDataLoader(data, 2, sampler=cut))
+    part = Plain(9)
+    part.num_processes = 4
+    with pytest.raises(ax.DataError, match="Plain with num_processes=4"):
+        as_stream(loader_of(part))
 
 
 def test_a_record_prints_and_compares():

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, strategies as st
 
 import accelx as ax
+from accelx.data.lent import Lent
 from accelx.data.stream import Reading, as_stream
-from accelx.data.stream_random import Lent
 from accelx.data.stream_record import Spot
 from tests.streaming import Counting, Parted, Plain
 
