@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .data.pack import block_mask as block_mask, pack as pack
     from .data.sample import sample_rng as sample_rng, seeded as seeded
     from .env import close as close, connect as connect, detect as detect
+    from .equivalences.check import check_equivalence as check_equivalence
     from .errors import (
         AccelxError as AccelxError,
         CheckpointError as CheckpointError,
@@ -50,6 +51,11 @@ if TYPE_CHECKING:
     from .explain import explain as explain
     from .fit import fit_batch as fit_batch
     from .loader import Loader as Loader
+    from .memory import MemoryReport as MemoryReport, memory_report as memory_report
+    from .nonfinite import (
+        NonFiniteError as NonFiniteError,
+        find_nonfinite as find_nonfinite,
+    )
     from .optimizers import param_groups as param_groups
     from .passes.accumulate import accumulate as accumulate
     from .passes.clip import clip as clip
@@ -158,6 +164,9 @@ _NAMES = {
     "saves.stream": ("stream_weights",),
     "spawn": ("spawn",),
     "testing": ("testing",),
+    "equivalences.check": ("check_equivalence",),
+    "memory": ("MemoryReport", "memory_report"),
+    "nonfinite": ("NonFiniteError", "find_nonfinite"),
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}
 

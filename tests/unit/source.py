@@ -8,11 +8,13 @@ from pathlib import Path
 FLOORS = {
     0: "errors records tree match transform order state rows schedules"
     " permutation dtypes cut",
-    1: "_torch env loader accept fetch prefetch comm rng storage deferred data explain",
+    1: "_torch env loader accept fetch prefetch comm rng storage deferred data explain"
+    " nonfinite",
     2: "engines saves",
     3: "passes",
     4: "run gradients optimizers fit report",
-    5: "spawn launch testing doctor checkpoint checkpoints",
+    5: "spawn launch testing doctor doctors checkpoint checkpoints equivalence"
+    " equivalences test pytest memory",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 

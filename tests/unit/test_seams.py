@@ -23,6 +23,7 @@ REQUIRED = {"torch", "attrs", "typing_extensions", "safetensors", "fsspec"}
 REQUIRED |= {"xxhash", "tenacity"}
 OPTIONAL = {"deepspeed", "torch_xla", "torch_tpu", "s3fs", "gcsfs", "torchao"}
 OPTIONAL |= {"tensorboard", "wandb", "rich", "pyarrow", "datasets", "torchdata"}
+OPTIONAL |= {"pytest"}
 # Documented by Python, despite the underscore.
 DOCUMENTED = {"_asdict", "_fields", "_replace", "_make", "_exit"}
 

@@ -1,0 +1,122 @@
+"""The command line of the comparison: which file, which layouts, which exit code."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from accelx.errors import AccelxError
+
+TYPE_CHECKING = False  # importing `typing` would cost `--help` 10 ms
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any, NoReturn
+
+PROGRAM = "python -m accelx.equivalence"
+NAME = "accelx_equivalence"  # `__name__` in the file: not "__main__", so none trains
+PARTS, WRONG_USE = 1, 2
+
+
+class WrongUseError(AccelxError, ValueError):
+    """The words of the command do not mean anything that can be done."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise WrongUseError(f"{message}\nall options: {PROGRAM} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare and print. Returns 0 equal, 1 not equal or failed, 2 wrong use."""
+    try:
+        given = _parser().parse_args(sys.argv[1:] if argv is None else list(argv))
+        build = _build(given.file)
+    except WrongUseError as error:
+        sys.stderr.write(f"accelx.equivalence: {error}\n")
+        return WRONG_USE
+    return _run(given, build)
+
+
+def _run(given: argparse.Namespace, build: Any) -> int:
+    import json
+
+    from accelx.equivalences.check import check_equivalence
+
+    named = {k: v for k, v in vars(given).items() if k not in ("file", "json")}
+    try:
+        report = check_equivalence(build, **named)
+    except (ValueError, TypeError) as error:
+        sys.stderr.write(f"accelx.equivalence: {error}\n")
+        return WRONG_USE
+    except AccelxError as error:
+        sys.stderr.write(f"accelx.equivalence: {error}\n")
+        return PARTS
+    sys.stdout.write(f"{json.dumps(report.data, indent=2) if given.json else report}\n")
+    return 0 if report.equal else PARTS
+
+
+def _build(file: str) -> Any:
+    """The function `build` of a file, which is run under another name than a script."""
+    import runpy
+    from pathlib import Path
+
+    path = Path(file)
+    if not path.is_file():
+        raise WrongUseError(
+            f"wants a Python file, but {file} is none; write the path of the file that "
+            "has the function build"
+        )
+    sys.path.insert(0, str(path.resolve().parent))
+    found = runpy.run_path(str(path), run_name=NAME)
+    build = found.get("build")
+    if not callable(build):
+        raise WrongUseError(
+            f"wants a function build in {file}, found none; write def build(): return "
+            "model, optim, loss, data (and what trains under "
+            'if __name__ == "__main__":)'
+        )
+    return build
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    words = text.split(",")
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise argparse.ArgumentTypeError(
+            f"wants whole numbers of at least 1, got {text!r}; write 1,2"
+        )
+    return tuple(map(int, words))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _dtype(text: str) -> str | None:
+    return None if text == "own" else text
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=PROGRAM,
+        description="Train by the function build of a file in several layouts and say "
+        "where they part from one process with one batch.",
+        epilog="build() returns (model, optim, loss, data), as accelx.check_equivalence"
+        " says. Exit code: 0 equal, 1 not, 2 wrong use.",
+        allow_abbrev=False,
+    )
+    say: Any = parser.add_argument
+    say("file", help="a Python file with a function build")
+    several = {"type": _numbers, "metavar": "N,N"}
+    say("--ranks", default=(1, 2), help="numbers of ranks, by default 1,2", **several)
+    say("--micro", default=(1, 2), help="of microbatches, by default 1,2", **several)
+    kinds = "how the model is placed, by default ddp,fsdp2"
+    words = {"type": _words, "metavar": "KIND,KIND"}
+    say("--kinds", default=("ddp", "fsdp2"), help=kinds, **words)
+    say("--steps", type=int, default=3, help="updates, by default 3")
+    say("--tol", type=float, help="the largest relative gap that is rounding")
+    own = "that all is cast to, by default float64; own leaves the model's"
+    say("--dtype", default="float64", type=_dtype, help=own)
+    say("--blocks", metavar="GLOB", help="as in shard_model, such as 'layers.*'")
+    say("--timeout", type=float, default=120.0, help="seconds, by default 120")
+    say("--json", action="store_true", help="print one JSON document")
+    return parser
