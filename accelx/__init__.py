@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .data.mix import mix as mix
     from .data.pack import block_mask as block_mask, pack as pack
     from .data.sample import sample_rng as sample_rng, seeded as seeded
+    from .engines.options import PowerSGD as PowerSGD
     from .env import close as close, connect as connect, detect as detect
     from .equivalences.check import check_equivalence as check_equivalence
     from .errors import (
@@ -142,6 +143,7 @@ _NAMES = {
         *("barrier", "broadcast", "gather", "gather_objects", "gather_rows"),
         *("main_first", "on_main", "pad", "reduce", "split"),
     ),
+    "engines.options": ("PowerSGD",),
     "passes.accumulate": ("accumulate",),
     "passes.clip": ("clip",),
     "passes.clip_value": ("clip_value",),

@@ -46,10 +46,10 @@ def clamp_(tensors: list[Tensor], limit: float) -> None:
     torch._foreach_clamp_max_(tensors, limit)
 
 
-def ddp(model: nn.Module, find_unused: bool, left: set[str]) -> Any:
+def ddp(model: nn.Module, find_unused: bool, left: set[str], **options: Any) -> Any:
     """A DistributedDataParallel over `model` that leaves buffers alone in forward.
 
-    It does not touch the weights and buffers called `left`.
+    It does not touch the weights and buffers called `left`. `options` are its own.
     """
     from torch.nn.parallel import DistributedDataParallel
 
@@ -66,6 +66,7 @@ def ddp(model: nn.Module, find_unused: bool, left: set[str]) -> Any:
             find_unused_parameters=find_unused,
             gradient_as_bucket_view=True,
             **buffers,  # type: ignore[reportArgumentType]
+            **options,
         )
     finally:
         del held[told]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from types import MappingProxyType
+from types import MappingProxyType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -75,18 +75,23 @@ def fill(model: nn.Module, source: nn.Module) -> None:
         put(model, name, ours[id(theirs)])
     for new, old in zip(model.modules(), source.modules(), strict=True):
         for name, value in vars(old).items():  # modes, counters: what has changed since
-            if name not in _INTERNALS and not name.startswith(("__", "_fsdp")):
-                vars(new)[name] = copy.deepcopy(value, dict(ours))
+            if name in _INTERNALS or name.startswith(("__", "_fsdp")):
+                continue
+            if isinstance(value, MethodType) and value.__self__ is old:
+                vars(new).setdefault(name, MethodType(value.__func__, new))
+                continue
+            vars(new)[name] = copy.deepcopy(value, dict(ours))
 
 
 def empty(model: nn.Module) -> None:
     """Put every weight and buffer of `model` on the meta device, ties kept."""
-    _unset(model, "meta", lambda tensor: True)
+    _unset(model, lambda tensor: "meta", lambda tensor: True)
 
 
-def furnish(model: nn.Module, device: str) -> None:
-    """Give what is on the meta device memory on `device`, not yet set; ties kept."""
-    _unset(model, device, lambda tensor: tensor.is_meta)
+def furnish(model: nn.Module, device: str | Callable[[Tensor], str]) -> None:
+    """Give what is on the meta device memory, not yet set, on `device`; ties kept."""
+    where = device if callable(device) else lambda tensor: device
+    _unset(model, where, lambda tensor: tensor.is_meta)
 
 
 def furnished(thing: Any, tx: Transform) -> nn.Module:
@@ -97,12 +102,14 @@ def furnished(thing: Any, tx: Transform) -> nn.Module:
     return model
 
 
-def _unset(model: nn.Module, device: str, which: Callable[[Tensor], bool]) -> None:
+def _unset(
+    model: nn.Module, where: Callable[[Tensor], str], which: Callable[[Tensor], bool]
+) -> None:
     ours: dict[int, Any] = {}
     for name, theirs in tensors(model):
         if which(theirs):
             if id(theirs) not in ours:
-                ours[id(theirs)] = unset(theirs, device)
+                ours[id(theirs)] = unset(theirs, where(theirs))
             put(model, name, ours[id(theirs)])
 
 

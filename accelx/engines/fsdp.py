@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
+import attrs
 import torch
 from torch import Tensor, nn
 
 from accelx import _torch, comm, deferred, dtypes
-from accelx.engines import copies, placed, plain
+from accelx.engines import copies, fsdp_step, methods, options, placed, whole
 from accelx.engines.placed import Placed, Plan
-from accelx.errors import PlacementError, UnusedParameterError
+from accelx.errors import PlacementError
 from accelx.match import select
 from accelx.records import Engine, Precision
 
-if TYPE_CHECKING:
-    from accelx.state import State
+ENGINE = Engine(
+    "fsdp2",
+    fsdp_step.backward,
+    fsdp_step.settle,
+    fsdp_step.update,
+    fsdp_step.clip,
+    fsdp_step.quiet,
+)
+HYBRID = attrs.evolve(ENGINE, name="hsdp")
+"""The same over two axes: slices over one, copies of them over the other."""
 
 
 def place(model: nn.Module, plan: Plan) -> Placed:
@@ -25,16 +33,19 @@ def place(model: nn.Module, plan: Plan) -> Placed:
 
     What is on the meta device gets memory for this rank's slices alone, not yet set.
     """
+    _shardable(model, plan)
     dtypes.cast(model, plan.precision)
     blank = copies.try_blueprint(model)
     for tensor in (*model.parameters(), *model.buffers()):
         if not tensor.is_meta:
             copies.from_main(tensor, plan.env.device)
-    for _, buffer in model.named_buffers():
-        if not buffer.is_meta:
-            buffer.data = buffer.data.to(plan.env.device)
+    for tensor in (*whole.ignored(model, plan.options.ignored), *model.buffers()):
+        if not tensor.is_meta:
+            tensor.data = tensor.data.to(plan.env.device)
     result = _sharded(model, plan, blank)
-    copies.furnish(model, plan.env.device)
+    copies.furnish(model, lambda tensor: _home(plan, tensor))
+    if plan.alone:
+        whole.reduce_at_once(whole.ignored(model, plan.options.ignored), plan.env)
     return result
 
 
@@ -47,6 +58,8 @@ def place_deferred(factory: Callable[[], nn.Module], plan: Plan) -> Placed:
     """
     model, recorder = deferred.build(factory)
     placed.claim(model, plan.env, plan.fills)
+    placed.check(model, plan)
+    _shardable(model, plan)
     blank = placed.filled(model, plan.blank)
     sources = copies.tensors(model)
     copies.empty(model)
@@ -57,10 +70,12 @@ def place_deferred(factory: Callable[[], nn.Module], plan: Plan) -> Placed:
         if id(source) not in made:
             if source.is_meta or id(source) in blank:
                 like = copies.get(model, name)
-                made[id(source)] = copies.unset(like, plan.env.device)
+                made[id(source)] = copies.unset(like, _home(plan, like))
             else:
                 made[id(source)] = _made(model, name, source, recorder, plan)
         copies.put(model, name, made[id(source)])
+    if plan.alone:
+        whole.reduce_at_once(whole.ignored(model, plan.options.ignored), plan.env)
     return result
 
 
@@ -68,55 +83,91 @@ def _made(
     model: nn.Module, name: str, source: Tensor, recorder: deferred.Recorder, plan: Plan
 ) -> Any:
     """Rank 0's `source`, in full or, for a weight, this rank's slice of it."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.distributed.tensor import distribute_tensor
 
     like = copies.get(model, name)
     full = recorder.full(source) if plan.env.main else torch.empty(source.shape)
     full = full.to(device=plan.env.device, dtype=like.dtype)
-    if not isinstance(like, DTensor):
+    if not _torch.is_dtensor(like):
         full = full.clone()
         copies.from_main(full, plan.env.device)
-        return full
+        weight = isinstance(like, nn.Parameter)
+        return nn.Parameter(full, like.requires_grad) if weight else full
     slices = distribute_tensor(full, like.device_mesh, like.placements)
-    return nn.Parameter(slices, like.requires_grad)
+    return nn.Parameter(slices.to(_home(plan, like)), like.requires_grad)
+
+
+def _home(plan: Plan, tensor: Tensor) -> str:
+    """Where a weight or buffer lies between steps."""
+    away = plan.options.offload and _torch.is_dtensor(tensor)
+    return "cpu" if away else plan.env.device
 
 
 def _sharded(model: nn.Module, plan: Plan, blank: Any) -> Placed:
     from torch.distributed.fsdp import fully_shard
 
-    _shardable(model, plan)
-    policy = _policy(plan.precision)
-    mesh = comm.mesh(plan.env)
-    blocks = [m for _, m in select(model, plan.blocks) if not _tied(m, model)]
+    kept = whole.ignored(model, plan.options.ignored)
+    common = {"mesh": comm.mesh(plan.env), "ignored_params": kept or None}
+    common |= _offloading(plan)
+    policy, reshard = _policy(plan.precision), plan.options.reshard_after_forward
+    blocks: list[Any] = _blocks(model, plan, kept)
     for block in reversed(blocks):  # innermost first
-        fully_shard(block, mesh=mesh, **policy(False))
-    fully_shard(model, mesh=mesh, **policy(True))
+        fully_shard(block, reshard_after_forward=reshard, **common, **policy(False))
+    # backward starts at the root: what it holds is wanted again at once
+    fully_shard(model, reshard_after_forward=False, **common, **policy(True))
+    _ahead([model, *blocks], plan.options.prefetch)
+    methods.gathering(model, plan.options.methods)
 
     def again(old: Placed, copy: nn.Module, source: nn.Module) -> Placed:
         fresh = _sharded(copy, plan, blank)
         copies.fill(copy, source)
         return fresh
 
-    def rest() -> None:
-        for module in _torch.fsdp_modules(model):
-            module.reshard()
-
+    laid = fsdp_step.Laid(
+        tuple(_torch.fsdp_modules(model)),
+        options.copies(plan.env, plan.kind),
+        bool(kept),
+        plan.precision and dtypes.dtype(plan.precision.reduce),
+    )
     return Placed(
-        ENGINE,
+        HYBRID if plan.kind == "hsdp" else ENGINE,
         plan.env,
         model,
+        handle=laid,
         drifting=placed.drifting(model, plan.env),
         unused=plan.unused,
         fork=copies.forker(blank, again),
-        rest=rest,
+        rest=laid.rest,
         forget=lambda: _torch.fsdp_forget(model),
     )
 
 
-def _tied(block: nn.Module, model: nn.Module) -> bool:
+def _ahead(modules: list[Any], count: int) -> None:
+    """Have each module gather the `count` after it as it runs, those before it back."""
+    for i, module in enumerate(modules if count else ()):
+        module.set_modules_to_forward_prefetch(modules[i + 1 : i + 1 + count])
+        module.set_modules_to_backward_prefetch(modules[max(0, i - count) : i][::-1])
+
+
+def _offloading(plan: Plan) -> dict[str, Any]:
+    if not plan.options.offload:
+        return {}
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    # pinned for copies to a device; on CPU ranks there is none to pin for
+    pinned = plan.env.device.partition(":")[0] != "cpu"
+    return {"offload_policy": CPUOffloadPolicy(pin_memory=pinned)}
+
+
+def _blocks(model: nn.Module, plan: Plan, kept: set[nn.Parameter]) -> list[nn.Module]:
+    """The modules that are gathered one at a time, outermost first."""
+    return [m for _, m in select(model, plan.blocks) if not _tied(m, model, kept)]
+
+
+def _tied(block: nn.Module, model: nn.Module, kept: set[nn.Parameter]) -> bool:
     """Whether `block` shares a weight with the outside: then the root gathers it."""
     inside = {id(m) for m in block.modules()}
-    ours = {id(p) for p in block.parameters()}
+    ours = {id(p) for p in block.parameters() if p not in kept}
     return any(
         id(p) in ours
         for m in model.modules()
@@ -126,20 +177,51 @@ def _tied(block: nn.Module, model: nn.Module) -> bool:
 
 
 def _shardable(model: nn.Module, plan: Plan) -> None:
-    """Refuse what fully_shard cannot do, by name."""
-    if len(plan.env.axes) != 1:
-        names = ", ".join(f"{a.name}={a.size}" for a in plan.env.axes)
-        raise PlacementError(
-            f"fsdp2 shards over one axis, but this Env has ({names}); write "
-            "ax.connect() without axes"
-        )
-    scalars = [n for n, p in model.named_parameters() if p.dim() == 0]
+    """Refuse what fully_shard cannot do, by name, before anything is moved."""
+    kept = whole.ignored(model, plan.options.ignored)
+    named = [(n, p) for n, p in model.named_parameters() if p not in kept]
+    scalars = [n for n, p in named if p.dim() == 0]
     if scalars:
         raise PlacementError(
-            "fsdp2 slices weights along their first dimension, but "
-            f"{', '.join(scalars)} "
-            'has none; write torch.zeros(1) instead of torch.zeros(()), or use "ddp"'
+            f"{plan.kind} slices weights along their first dimension, but "
+            f"{', '.join(scalars)} has none; write torch.zeros(1) instead of "
+            f'torch.zeros(()), or use "ddp", or leave it whole: ignored={scalars[0]!r}'
         )
+    for name, block in select(model, plan.blocks):
+        if type(block).forward is nn.Module.forward:
+            raise PlacementError(
+                f"a block wants to be called as a module, but {name} is a "
+                f"{type(block).__name__}, which only holds others; write "
+                f"blocks={name + '.*'!r}"
+            )
+    methods.gathered(model, plan.options.methods, _blocks(model, plan, kept))
+    if plan.precision is None or plan.precision.param is None:
+        _one_dtype(model, named, plan, kept)
+
+
+def _one_dtype(
+    model: nn.Module,
+    named: list[tuple[str, Any]],
+    plan: Plan,
+    kept: set[nn.Parameter],
+) -> None:
+    """Weights that are gathered together are trained in one dtype."""
+    of: dict[int, str] = {}
+    for name, block in select(model, plan.blocks):  # the innermost comes last
+        if not _tied(block, model, kept):
+            of |= {id(p): name for p in block.parameters()}
+    first: dict[str, tuple[str, torch.dtype]] = {}
+    for name, p in named:
+        if p.requires_grad:
+            group = of.get(id(p), "")
+            other, dtype = first.setdefault(group, (name, p.dtype))
+            if dtype != p.dtype:
+                raise PlacementError(
+                    f"{plan.kind} gathers {group or 'what no block holds'} at once, so "
+                    f"its trainable weights want one dtype, but {other} is {dtype} and "
+                    f'{name} is {p.dtype}; add with_precision("fp32"), name the module '
+                    f"of one of them in blocks, or leave it whole: ignored={name!r}"
+                )
 
 
 def _policy(wanted: Precision | None) -> Callable[[bool], dict[str, Any]]:
@@ -162,63 +244,3 @@ def _policy(wanted: Precision | None) -> Callable[[bool], dict[str, Any]]:
             cast_forward_inputs=False,  # autocast casts where it is safe to
         )
     }
-
-
-def backward(state: State, loss: Tensor, scale: float) -> None:
-    """FSDP2 takes the mean over ranks: times their number it is the sum."""
-    plain.backward(state, loss, scale * state.slots["shard_model"].env.world)
-
-
-def settle(state: State, scale: Tensor | float) -> None:
-    """Check that every parameter took part, average statistics, multiply by `scale`."""
-    here: Placed = state.slots["shard_model"]
-    placed.all_used(state)
-    if here.unused == "allow":
-        _same_used(state, here)
-    placed.average(here.drifting, here.env)
-    if not (isinstance(scale, float) and scale == 1.0):
-        _torch.scale_(_local(plain.gradients(state)), scale)
-
-
-def _same_used(state: State, here: Placed) -> None:
-    """FSDP2 packs the gradients that a rank has: they must be the same ones on all."""
-    marks = torch.tensor([float(p.grad is not None) for _, p in state.trained])
-    sums = marks.to(here.env.device)
-    comm.sum_scalars(here.env, sums)
-    mixed = (sums > 0) & (sums < here.env.world)
-    if mixed.any():
-        names = [n for (n, _), odd in zip(state.trained, mixed, strict=True) if odd]
-        raise UnusedParameterError(
-            "fsdp2 wants every rank to use the same parameters in a step, but only "
-            f"some ranks used {', '.join(names[:8])}; add 0 * parameter.sum() to the "
-            "loss where "
-            'a rank does not use it, or write shard_model(env, "ddp", unused="allow")'
-        )
-
-
-def _local(grads: list[Tensor]) -> list[Any]:
-    return [g.to_local() if hasattr(g, "to_local") else g for g in grads]  # type: ignore[reportAttributeAccessIssue]
-
-
-def clip(state: State, limit: float | None) -> Tensor:
-    """The 2-norm over all slices on all ranks, (); scales to `limit` beyond it."""
-    grads = plain.gradients(state)
-    square = plain.total(_local(grads)).square()
-    env = state.slots["shard_model"].env
-    square = square.to(env.device)
-    comm.sum_scalars(env, square)
-    return plain.limited(_local(grads), square.sqrt(), limit)
-
-
-@contextmanager
-def quiet(state: State) -> Generator[None]:
-    """No reduction for the forward and backward passes inside."""
-    model: Any = state.model
-    model.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        model.set_requires_gradient_sync(True)
-
-
-ENGINE = Engine("fsdp2", backward, settle, plain.update, clip, quiet)

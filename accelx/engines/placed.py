@@ -11,9 +11,10 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from accelx.engines import plain
+from accelx.engines import methods, plain, whole
+from accelx.engines.options import Options
 from accelx.errors import NeutralityWarning, PlacementError, UnusedParameterError
-from accelx.match import Selector
+from accelx.match import Selector, select
 from accelx.records import Engine, Env, Precision, Transform
 from accelx.state import Transient
 
@@ -40,6 +41,8 @@ class Plan:
     alone: bool = False  # for a loop of the user's own, without a State
     fills: Fills = nothing  # what may be on the meta device
     blank: Fills = nothing  # what is overwritten unseen: its numbers need not be made
+    kind: str = "ddp"
+    options: Options = attrs.field(factory=Options)
 
 
 @attrs.frozen(eq=False)
@@ -107,6 +110,13 @@ def claim(model: nn.Module, env: Env, fills: Fills = nothing) -> None:
             f"this rank's device is {env.device}, but the {type(model).__name__} has "
             f"weights on {', '.join(wrong)}; leave it on the CPU and accelx moves it"
         )
+
+
+def check(model: nn.Module, plan: Plan) -> None:
+    """Refuse names in the plan that this model has not: wrong in every kind."""
+    select(model, plan.blocks)
+    whole.ignored(model, plan.options.ignored)
+    methods.owners(model, plan.options.methods)
 
 
 def seal(model: nn.Module) -> None:

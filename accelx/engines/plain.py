@@ -79,9 +79,14 @@ def total(grads: list[Tensor]) -> Tensor:
 def limited(grads: list[Tensor], norm: Tensor, limit: float | None) -> Tensor:
     """Scale `grads`, whose norm is `norm`, to `limit` where it is beyond; the norm."""
     if limit is not None and grads:
-        # as torch.nn.utils.clip_grad_norm_ does, so that the numbers are its numbers
-        _torch.scale_(grads, torch.clamp(limit / (norm + 1e-6), max=1.0))
+        _torch.scale_(grads, shrink(norm, limit))
     return norm
+
+
+def shrink(norm: Tensor, limit: float) -> Tensor:
+    """What gradients of that norm are multiplied by to have `limit` at most, ()."""
+    # as torch.nn.utils.clip_grad_norm_ does, so that the numbers are its numbers
+    return torch.clamp(limit / (norm + 1e-6), max=1.0)
 
 
 def quiet(state: State) -> AbstractContextManager[None]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from accelx import _torch, dtypes
-from accelx.engines import copies, placed, plain
+from accelx.engines import copies, hooks, methods, placed, plain
+from accelx.engines.options import Options
 from accelx.engines.placed import Placed, Plan
 from accelx.errors import PlacementError, PrecisionError
 from accelx.records import Engine
@@ -35,6 +36,8 @@ class Seen:
     ddp: Any
     leaf: Any = None  # a parameter of the DDP that is none of the model's
     called: bool = False
+    inside: str = ""  # "forward" or "method"; kept only where there are methods
+    synced: bool = False  # whether a reduction has been made
 
 
 class _Carrying(nn.Module):
@@ -45,10 +48,12 @@ class _Carrying(nn.Module):
         self.model, self.leaf = model, leaf
 
 
-def _leaf(result: Placed, alone: bool) -> nn.Parameter | None:
+def _leaf(result: Placed, plan: Plan) -> nn.Parameter | None:
     """A scalar to carry, where all backward passes are ours and have the digits."""
     dtype = result.trainable[-1][1].dtype  # of the bucket that is reduced first
-    if alone or result.unused == "allow" or dtype not in (torch.float32, torch.float64):
+    if plan.alone or result.unused == "allow" or plan.options.hook is not None:
+        return None
+    if dtype not in (torch.float32, torch.float64):
         return None
     return nn.Parameter(torch.zeros((), dtype=dtype, device=result.env.device))
 
@@ -58,13 +63,7 @@ def place(model: nn.Module, plan: Plan) -> Placed:
 
     Effects: two collectives; `model` keeps its object, class and names (L8).
     """
-    reduce, param = (plan.precision or dtypes.PRESETS["fp32"]).reduce, "fp32"
-    if plan.precision and reduce and reduce != (plan.precision.param or param):
-        raise PrecisionError(
-            "ddp reduces gradients in the dtype of the weights, but "
-            f"{plan.precision!r} "
-            f'asks for reduce={reduce!r}; leave reduce out, or write "fsdp2"'
-        )
+    _reducible(plan)
     model.to(plan.env.device)
     dtypes.cast(model, plan.precision)
     result = Placed(
@@ -75,44 +74,111 @@ def place(model: nn.Module, plan: Plan) -> Placed:
         drifting=placed.drifting(model, plan.env),
         unused=plan.unused,
     )
-    return hooked(result, copies.try_blueprint(model), plan.alone)
+    return hooked(result, copies.try_blueprint(model), plan)
 
 
-def hooked(result: Placed, blank: Any, alone: bool) -> Placed:
+def _reducible(plan: Plan) -> None:
+    """Refuse a dtype on the wire that neither the weights nor a hook has."""
+    reduce = plan.precision and plan.precision.reduce
+    if not plan.precision or reduce in (None, plan.options.hook):
+        return
+    if reduce != (plan.precision.param or "fp32"):
+        hook = f', or hook="{reduce}"' if reduce in ("bf16", "fp16") else ""
+        raise PrecisionError(
+            "ddp reduces gradients in the dtype of the weights, but "
+            f"{plan.precision!r} "
+            f'asks for reduce={reduce!r}; leave reduce out, or write "fsdp2"{hook}'
+        )
+
+
+def _options(options: Options, unused: str) -> dict[str, Any]:
+    """Arguments of DistributedDataParallel."""
+    size = options.bucket_mb
+    static = {"static_graph": True} if options.static_graph else {}
+    # a static graph finds by itself what it does not use
+    find = unused == "allow" and not options.static_graph
+    return {"find_unused": find, **static} | (
+        {} if size is None else {"bucket_cap_mb": size}
+    )
+
+
+def hooked(result: Placed, blank: Any, plan: Plan) -> Placed:
     """`result` with DDP made and its two halves hooked around the model's forward."""
-    model = result.model
+    model, options = result.model, plan.options
     if not result.trainable:  # DDP refuses a model with nothing to reduce
         for tensor in (*model.parameters(), *model.buffers()):
             copies.from_main(tensor, result.env.device)
         return attrs.evolve(result, engine=plain.ENGINE)
-    leaf = _leaf(result, alone)
+    leaf = _leaf(result, plan)
     whole = model if leaf is None else _Carrying(model, leaf)
     odd = [(n, t) for n, t in copies.tensors(whole) if t.dtype not in SENT]
     for _, tensor in odd:
         copies.from_main(tensor, result.env.device)
-    ddp = _torch.ddp(whole, result.unused == "allow", {name for name, _ in odd})
+    left = {name for name, _ in odd}
+    ddp = _torch.ddp(whole, left=left, **_options(options, result.unused))
+    hooks.attach(ddp, options.hook)
     seen = Seen(ddp, leaf)
-    result = attrs.evolve(result, handle=seen, fork=copies.forker(blank, _again))
+
+    def again(old: Placed, copy: nn.Module, source: nn.Module) -> Placed:
+        return _again(old, copy, source, plan)
+
+    fork = _no_fork if hooks.remembers(options.hook) else copies.forker(blank, again)
+    result = attrs.evolve(result, handle=seen, fork=fork)
+    _around(model, result, seen, options.methods)
+    return result
+
+
+def _around(
+    model: nn.Module, result: Placed, seen: Seen, names: tuple[str, ...]
+) -> None:
+    """Hook DDP's halves around forward, and around other methods that are named."""
+    ddp = seen.ddp
 
     # A deep copy of the model, as users make for an average, shares these hooks, and is
     # none of DDP's business.
     def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if module is model:
-            seen.called = True
-            return _naming(result, _torch.ddp_before, ddp, args, kwargs)
-        return args, kwargs
+        if module is not model or seen.inside:
+            return args, kwargs
+        seen.called, seen.inside = True, "forward" if names else ""
+        return _naming(result, _torch.ddp_before, ddp, args, kwargs)
 
     def behind(module: nn.Module, args: Any, output: Any) -> Any:
-        if module is model:
-            return _naming(result, _torch.ddp_behind, ddp, output)
-        return output
+        if module is not model or (names and seen.inside != "forward"):
+            return output
+        return _naming(result, _torch.ddp_behind, ddp, output)
 
     model.register_forward_pre_hook(before, with_kwargs=True)
     model.register_forward_hook(behind)
-    return result
+    if not names:
+        return
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if module is model and seen.inside == "forward":
+            seen.inside = ""
+
+    def around(method: Any, args: Any, kwargs: Any) -> Any:
+        if seen.inside:  # called by forward, or by another of them
+            return method(*args, **kwargs)
+        seen.called, seen.inside = True, "method"
+        try:
+            args, kwargs = _naming(result, _torch.ddp_before, ddp, args, kwargs)
+            output = method(*args, **kwargs)
+        finally:
+            seen.inside = ""
+        return _naming(result, _torch.ddp_behind, ddp, output)
+
+    model.register_forward_hook(leave, always_call=True)  # also where forward raised
+    methods.wrap(model, names, around)
 
 
-def _again(old: Placed, model: nn.Module, source: nn.Module) -> Placed:
+def _no_fork(state: State) -> State:
+    raise PlacementError(
+        "fork wants a copy that steps as the state does, but the memory of powersgd is "
+        'inside torch and is not copied; leave the hook out, or write hook="bf16"'
+    )
+
+
+def _again(old: Placed, model: nn.Module, source: nn.Module, plan: Plan) -> Placed:
     """Place a copy, whose weights need not be sent."""
     copies.fill(model, source)
     fresh = attrs.evolve(
@@ -121,7 +187,7 @@ def _again(old: Placed, model: nn.Module, source: nn.Module) -> Placed:
         trainable=trainable(model),
         drifting=placed.statistics(model) if old.drifting else (),
     )
-    return hooked(fresh, copies.try_blueprint(model), old.handle.leaf is None)
+    return hooked(fresh, copies.try_blueprint(model), plan)
 
 
 def _naming(result: Placed, half: Any, *args: Any) -> Any:
@@ -167,11 +233,12 @@ def settle(state: State, scale: Tensor | float) -> None:
         raise PlacementError(
             f"ddp reduces gradients of what {type(here.model).__name__}.__call__ "
             "computed, but the loss did not call the model itself, so ranks would "
-            "train apart; write model(...) in the loss, and reach other methods "
-            "through forward"
+            "train apart; write model(...) in the loss, or name the method that it "
+            'calls: shard_model(env, methods="encode")'
         )
     here.handle.called = False
     placed.all_used(state)
+    here.handle.synced = True
     if here.unused == "error":
         _naming(here, _torch.ddp_finished, here.handle.ddp)
     placed.average(here.drifting, here.env)
@@ -180,8 +247,16 @@ def settle(state: State, scale: Tensor | float) -> None:
 
 @contextmanager
 def quiet(state: State) -> Generator[None]:
-    """No reduction for the forward and backward passes inside."""
-    ddp = state.slots["shard_model"].handle.ddp
+    """No reduction for the forward and backward passes inside.
+
+    But in the first step of a static graph, which torch learns from a backward that is
+    reduced: a mean that is taken again is the same.
+    """
+    seen: Seen = state.slots["shard_model"].handle
+    ddp = seen.ddp
+    if ddp.static_graph and not seen.synced:
+        yield
+        return
     loud = ddp.require_backward_grad_sync
     ddp.require_backward_grad_sync = False
     try:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from accelx.passes.shard_model import KINDS
+KINDS = ("ddp", "fsdp2")  # those that any number of ranks can have, without axes
 
 
 def checked(

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import attrs
 
+from accelx.engines import options as settings
+from accelx.engines.options import KINDS, Hook, Options, PowerSGD
 from accelx.errors import CollectiveError, PlacementError
 from accelx.match import Selector
 from accelx.records import Env, Pass, Precision, Rules, Transform, check_env, code
 from accelx.transform import identity
 
-KINDS = ("ddp", "fsdp2")
+__all__ = ["KINDS", "PowerSGD", "ShardModel", "placing", "shard_model"]
+
+Selectors = Selector | Iterable[Selector]
+
+
+def _kept(selectors: Selectors | None) -> Any:
+    if selectors is None or isinstance(selectors, str | type) or callable(selectors):
+        return selectors
+    return tuple(selectors)
+
+
+def _named(methods: str | Iterable[str]) -> tuple[str, ...]:
+    return (methods,) if isinstance(methods, str) else tuple(methods)
+
+
+def _where(offload: bool | str) -> bool | str:
+    return "cpu" if offload is True else offload
 
 
 @attrs.frozen(repr=False)
@@ -22,11 +39,26 @@ class ShardModel:
 
     env: Env
     kind: str = "ddp"
-    blocks: Any = None
+    blocks: Any = attrs.field(default=None, converter=_kept)
     unused: str = "error"
+    reshard_after_forward: bool | int = True
+    offload: bool | str = attrs.field(default=False, converter=_where)
+    ignored: Any = attrs.field(default=None, converter=_kept)
+    prefetch: int = 0
+    methods: tuple[str, ...] = attrs.field(default=(), converter=_named)
+    hook: Hook | None = None
+    static_graph: bool = False
+    bucket_mb: float | None = attrs.field(
+        default=None, converter=attrs.converters.optional(float)
+    )
 
     def __repr__(self) -> str:
         return code("shard_model", self)
+
+    @property
+    def options(self) -> Options:
+        """All but env, kind, blocks and unused."""
+        return Options(*(getattr(self, f.name) for f in attrs.fields(Options)))
 
     @property
     def engine(self) -> Any:
@@ -35,38 +67,57 @@ class ShardModel:
 
         if self.env.world == 1:
             return plain.ENGINE
-        return {"ddp": replicate.ENGINE, "fsdp2": fsdp.ENGINE}[self.kind]
+        engines = {"ddp": replicate.ENGINE, "fsdp2": fsdp.ENGINE, "hsdp": fsdp.HYBRID}
+        return engines[self.kind]
 
 
 def shard_model(
     env: Env,
     kind: str = "ddp",
-    blocks: Selector | Iterable[Selector] | None = None,
+    blocks: Selectors | None = None,
     *,
     unused: str = "error",
+    reshard_after_forward: bool | int = True,
+    offload: bool | str = False,
+    ignored: Selectors | None = None,
+    prefetch: int = 0,
+    methods: str | Iterable[str] = (),
+    hook: Hook | None = None,
+    static_graph: bool = False,
+    bucket_mb: float | None = None,
 ) -> Transform:
     """Place the model on the ranks of `env`: object, class and names stay (L8).
 
     kind: "ddp" keeps a copy on each rank, "fsdp2" slices of weights, gradients and
-    optimizer state; on one rank both are the plain model. `blocks` are the submodules
-    that fsdp2 gathers one at a time: a glob over names such as "layers.*", a class or a
-    function (name, module) -> bool. Rank 0's weights and buffers count on every rank.
-    A model given as a function is, under fsdp2, sliced while it is made: no rank holds
-    it whole, and its numbers are those of calling the function. `unused="allow"`
-    accepts trainable parameters that get no gradient; by default they are an error with
-    names.
+    optimizer state, "hsdp" copies over the axis replicate, each in slices over shard;
+    on one rank all are the plain model. `blocks` are gathered one at a time: a glob
+    over names of modules, a class or a function (name, module) -> bool. Rank 0's
+    weights and buffers count on every rank. A model given as a function is sliced while
+    it is made, where it is to be: no rank holds it whole, and its numbers are those of
+    calling the function. `unused="allow"` accepts trainable parameters that get no
+    gradient; by default they are an error with names. `methods` are what a loss may
+    call beside forward: "encode".
+
+    The rest are options of one kind or two, in docs/sharding.md; one of another kind is
+    refused. A `hook` of ddp sends gradients in fewer bits: "bf16", "fp16", "powersgd",
+    PowerSGD(rank, start).
 
     Alone, `shard_model(env)(model)` returns the placed model for a loop of your own,
-    with gradients averaged over ranks by `loss.backward()`. Neutral (L4). Effects:
-    moves the model, collectives. Raises PlacementError. Li et al. 2020 (DDP,
-    arXiv:2006.15704); Zhao et al. 2023 (FSDP, arXiv:2304.11277).
+    with gradients averaged over ranks by `loss.backward()`. Neutral (L4), but for a
+    hook. Effects: moves the model, collectives. Raises PlacementError. Li et al. 2020
+    (DDP, arXiv:2006.15704); Zhao et al. 2023 (FSDP, arXiv:2304.11277).
     """
     check_env("shard_model", env)
-    _choice("shard_model(env, kind)", kind, KINDS)
-    _choice("shard_model(unused=...)", unused, ("error", "allow"))
-    kept = blocks if blocks is None or _single(blocks) else tuple(blocks)  # type: ignore[reportGeneralTypeIssues]
-    spec = ShardModel(env, kind, kept, unused)
+    spec = ShardModel(
+        *(env, kind, blocks, unused, reshard_after_forward, offload, ignored),
+        *(prefetch, methods, hook, static_graph, bucket_mb),
+    )
+    settings.one_of("shard_model(unused=...)", unused, ("error", "allow"))
+    settings.check(env, kind, spec.blocks, spec.options)
+    return Transform((_pass(spec),))
 
+
+def _pass(spec: ShardModel) -> Pass:
     def place(state: Any, tx: Transform) -> Any:
         from accelx.state import with_slot
 
@@ -74,48 +125,37 @@ def shard_model(
         state = attrs.evolve(state, model=placed.model)
         return with_slot(state, "shard_model", placed)
 
-    return Transform(
-        (
-            Pass(
-                "shard_model",
-                spec,
-                place=place,
-                alone=lambda model: placing(model, spec, identity, alone=True).model,
-                rules=Rules(once=True, why="a model is placed once, by one engine"),
-                neutral=True,
-            ),
-        )
+    return Pass(
+        "shard_model",
+        spec,
+        place=place,
+        alone=lambda model: placing(model, spec, identity, alone=True).model,
+        rules=Rules(once=True, why="a model is placed once, by one engine"),
+        neutral=spec.hook is None,
     )
-
-
-def _choice(where: str, got: str, choices: tuple[str, ...]) -> None:
-    if got not in choices:
-        near = difflib.get_close_matches(str(got).lower(), choices, 1, 0.5)
-        raise PlacementError(
-            f"{where} wants one of {', '.join(map(repr, choices))}, got {got!r}; "
-            f"write {(near or choices[-1:])[0]!r}"
-        )
-
-
-def _single(blocks: object) -> bool:
-    return isinstance(blocks, str | type) or callable(blocks)
 
 
 def placing(thing: Any, spec: ShardModel, tx: Transform, alone: bool) -> Any:
     """Place a module, or what a function makes: the Placed record."""
     from torch import nn
 
-    from accelx.engines import copies, fsdp, placed
-    from accelx.match import select
+    from accelx.engines import copies, fsdp, hooks, placed
 
     _ready(spec.env)
+    settings.laid_out(spec.env, spec.kind)
     precise = tx.find("with_precision")
     wanted: Precision | None = None if precise is None else precise.precision
     fills = placed.promises(tx, "load_weights", "load_state")
     # not load_state: a checkpoint may be of some weights on top of others, as they were
     blank = placed.promises(tx, "load_weights")
-    plan = placed.Plan(spec.env, spec.blocks, spec.unused, wanted, alone, fills, blank)
-    whole = spec.env.world == 1 or spec.kind != "fsdp2"
+    plan = placed.Plan(
+        *(spec.env, spec.blocks, spec.unused, wanted, alone, fills, blank),
+        kind=spec.kind,
+        options=spec.options,
+    )
+    whole = spec.env.world == 1 or spec.kind == "ddp"
+    if spec.env.world > 1:
+        hooks.warn_of_memory(spec.hook, tx)
     if isinstance(thing, nn.Module):
         model = thing
     elif not callable(thing):
@@ -130,7 +170,7 @@ def placing(thing: Any, spec: ShardModel, tx: Transform, alone: bool) -> Any:
         placed.seal(result.model)
         return result
     placed.claim(model, spec.env, fills)
-    select(model, spec.blocks)  # a selector that takes nothing is wrong in every kind
+    placed.check(model, plan)
     if whole:
         copies.furnish(model, spec.env.device)
     result = _placer(spec)(model, plan)
@@ -155,7 +195,7 @@ def _placer(spec: ShardModel) -> Any:
 
     if spec.env.world == 1:
         return _plain
-    return {"ddp": replicate.place, "fsdp2": fsdp.place}[spec.kind]
+    return replicate.place if spec.kind == "ddp" else fsdp.place
 
 
 def _plain(model: Any, plan: Any) -> Any:

@@ -14,13 +14,21 @@ from accelx.engines.placed import Placed
 from tests.laws import training as t
 
 pytestmark = [pytest.mark.multi, t.quiet_views]
-each_kind = pytest.mark.parametrize("kind", t.KINDS)
+each_kind = pytest.mark.parametrize("kind", [*t.KINDS, "hsdp"])
 DATA = t.batches(rows=(5, 4, 3))
 
 
 def launch(kind):
     """Run on as many ranks as the kind is tried on."""
+    if kind == "hsdp":
+        return testing.run(4, axes="replicate=2,shard=2")
     return testing.run(t.ranks(kind))
+
+
+def at(env):
+    """Which of how many slices this rank has, where weights are in slices."""
+    size = env.axes[-1].size
+    return env.rank % size, size
 
 
 def gradients(model):
@@ -32,7 +40,7 @@ def gradients(model):
 def compare(env, found, wanted):
     """The largest difference of this rank's slices from whole tensors."""
     step = [t.Step(0.0, 0.0, x) for x in (wanted, found)]
-    return t.apart(step[:1], step[1:], env.rank, env.world)
+    return t.apart(step[:1], step[1:], *at(env))
 
 
 def by_torch(losses):
@@ -137,7 +145,7 @@ def test_a_batch_without_a_token_is_skipped_by_all(kind):
         state, out = step(state, t.part(env, DATA[0]))  # and the schedule is at step 0
         run = t.Step(float(out.loss), out.norm.item(), t.weights(state.model))
         judge = t.by_hand(t.made(), t.masked, t.grouped, DATA[:1])
-        assert t.apart(judge, [run], env.rank, env.world) < 1e-12
+        assert t.apart(judge, [run], *at(env)) < 1e-12
 
     launch(kind)(rank)()
 
@@ -193,7 +201,7 @@ def test_evaluating_restores_every_mode_and_does_not_spend(kind):
                 t.Step(out.loss.item(), out.norm.item(), t.weights(state.model))
             )
         judge = t.by_hand(t.made(), t.bare, t.grouped, data)
-        assert t.apart(judge, trace, env.rank, env.world) < 1e-12
+        assert t.apart(judge, trace, *at(env)) < 1e-12
 
     launch(kind)(rank)()
 
@@ -490,7 +498,7 @@ def test_a_loop_of_ones_own_trains_as_one_process(kind):
     assert max(testing.run(2)(rank)()) < 1e-12
 
 
-@pytest.mark.parametrize("kind", t.KINDS)
+@each_kind
 def test_rank_zeros_numbers_count(kind):
     """Modules that differ over ranks are rank 0's after placing, buffers included."""
 

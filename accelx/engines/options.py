@@ -1,0 +1,177 @@
+"""What each kind of placement takes, checked on data alone."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import attrs
+
+from accelx.errors import PlacementError
+from accelx.records import Env, code
+
+KINDS = ("ddp", "fsdp2", "hsdp")
+SLICED = ("fsdp2", "hsdp")
+MESH = ("replicate", "shard")  # axes of hsdp: copies outside, slices inside
+HOOKS = ("bf16", "fp16", "powersgd")
+
+
+@attrs.frozen(repr=False)
+class PowerSGD:
+    """Send gradients of matrices as two thin ones: `hook=PowerSGD(rank=4)`.
+
+    `rank` is their width. The first `start` steps send gradients whole: what is learned
+    first bears no loss. What a step leaves out is added to the next one's gradient.
+    Vogels et al. 2019 (arXiv:1905.13727). Raises PlacementError.
+    """
+
+    rank: int = 1
+    start: int = 1000
+
+    def __attrs_post_init__(self) -> None:
+        for name, least in (("rank", 1), ("start", 2)):
+            got = getattr(self, name)
+            if type(got) is not int or got < least:
+                raise PlacementError(
+                    f"PowerSGD({name}=...) wants a whole number of at least {least}, "
+                    f"got {got!r}; write PowerSGD({name}={least})"
+                )
+
+    def __repr__(self) -> str:
+        return code("PowerSGD", self)
+
+
+Hook = str | PowerSGD
+
+
+@attrs.frozen
+class Options:
+    """The settings of shard_model beside env, kind, blocks and unused."""
+
+    reshard_after_forward: bool | int = True
+    offload: bool | str = False
+    ignored: Any = None
+    prefetch: int = 0
+    methods: tuple[str, ...] = ()
+    hook: Hook | None = None
+    static_graph: bool = False
+    bucket_mb: float | None = None
+
+
+_OF = {
+    **dict.fromkeys(
+        ("reshard_after_forward", "offload", "ignored", "prefetch"), SLICED
+    ),
+    **dict.fromkeys(("hook", "static_graph", "bucket_mb"), ("ddp",)),
+}
+_INSTEAD = {
+    "ignored": "leave it out: ddp keeps every weight whole",
+    "hook": "write with_precision(Precision(reduce='bf16')) to send fewer bits",
+}
+
+
+def check(env: Env, kind: str, blocks: Any, options: Options) -> None:
+    """Refuse what the kind does not take, or the Env cannot lay out.
+
+    Raises PlacementError. One rank takes what many would, the axes left out: there is
+    nothing to lay out.
+    """
+    one_of("shard_model(env, kind)", kind, KINDS)
+    _values(options)
+    for field in attrs.fields(Options):
+        kinds = _OF.get(field.name, KINDS)
+        got = getattr(options, field.name)
+        if got != field.default and kind not in kinds:
+            instead = _INSTEAD.get(
+                field.name, f"leave it out, or write {' or '.join(map(repr, kinds))}"
+            )
+            raise PlacementError(
+                f"{field.name} is an option of {' and '.join(kinds)}, got "
+                f"{field.name}={got!r} for {kind!r}; {instead}"
+            )
+    if options.prefetch and blocks is None:
+        raise PlacementError(
+            f"prefetch={options.prefetch} wants blocks that are gathered one at a time,"
+            ' got none; write blocks="layers.*"'
+        )
+    if kind == "hsdp":
+        laid_out(env, kind)
+    if env.world > 1 and kind in SLICED:
+        _divides(options.reshard_after_forward, shards(env, kind))
+
+
+def one_of(where: str, got: object, choices: tuple[str, ...]) -> None:
+    """Refuse a word that is none of `choices`, with the nearest."""
+    if got not in choices:
+        near = difflib.get_close_matches(str(got).lower(), choices, 1, 0.5)
+        raise PlacementError(
+            f"{where} wants one of {', '.join(map(repr, choices))}, got {got!r}; "
+            f"write {(near or choices[1:2])[0]!r}"
+        )
+
+
+def shards(env: Env, kind: str) -> int:
+    """In how many slices a weight is cut."""
+    return env.axes[1].size if kind == "hsdp" and env.world > 1 else env.world
+
+
+def copies(env: Env, kind: str) -> int:
+    """How many ranks hold the same slice."""
+    return env.world // shards(env, kind)
+
+
+def _values(options: Options) -> None:
+    reshard, bucket = options.reshard_after_forward, options.bucket_mb
+    whole = "a whole number of at least"
+    if type(reshard) is not bool and (type(reshard) is not int or reshard < 2):
+        _wrong("reshard_after_forward", f"True, False or {whole} 2", reshard, "True")
+    if options.offload not in (False, "cpu"):
+        _wrong("offload", 'True, False or "cpu"', options.offload, "True")
+    if type(options.prefetch) is not int or options.prefetch < 0:
+        _wrong("prefetch", f"{whole} 0", options.prefetch, "1")
+    if type(options.static_graph) is not bool:
+        _wrong("static_graph", "True or False", options.static_graph, "True")
+    if bucket is not None and not bucket > 0:
+        _wrong("bucket_mb", "a positive number of MiB", bucket, "25")
+    for name in options.methods:
+        if not isinstance(name, str) or not name.replace(".", "_").isidentifier():  # type: ignore[reportUnnecessaryIsInstance]
+            _wrong("methods", "names of methods", options.methods, '("generate",)')
+    if isinstance(options.hook, PowerSGD) or options.hook is None:
+        return
+    one_of("shard_model(hook=...)", options.hook, HOOKS)
+
+
+def _wrong(name: str, wanted: str, got: object, instead: str) -> None:
+    raise PlacementError(
+        f"shard_model({name}=...) wants {wanted}, got {got!r}; write {name}={instead}"
+    )
+
+
+def laid_out(env: Env, kind: str) -> None:
+    """Refuse axes that the kind does not lie over. Raises PlacementError."""
+    names = tuple(axis.name for axis in env.axes)
+    shown = ", ".join(f"{axis.name}={axis.size}" for axis in env.axes) or "none"
+    if env.world == 1:
+        return
+    if kind == "hsdp" and names != MESH:
+        half = 2 if env.world % 2 == 0 else 1
+        raise PlacementError(
+            "hsdp keeps copies over an axis called replicate, each in slices over one "
+            f"called shard, but the axes of this Env of {env.world} ranks are ({shown})"
+            f'; write env = ax.connect(axes="replicate={half},shard=-1"), or "fsdp2"'
+        )
+    if kind == "fsdp2" and len(names) > 1:
+        instead = '"hsdp"' if names == MESH else "ax.connect() without axes"
+        raise PlacementError(
+            f"fsdp2 shards over one axis, but this Env has ({shown}); write {instead}"
+        )
+
+
+def _divides(reshard: bool | int, size: int) -> None:
+    if type(reshard) is int and size % reshard:
+        fits = [n for n in range(2, size + 1) if size % n == 0]
+        raise PlacementError(
+            f"reshard_after_forward={reshard} keeps weights in slices over {reshard} "
+            f"ranks, but they are cut in {size}, which that does not divide; write "
+            f"{' or '.join(map(str, fits)) or True}"
+        )
