@@ -15,7 +15,9 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from accelx.data import walks
+from accelx.data import plan, walks
+from accelx.data.lengths import Lengths
+from accelx.data.mix import Mixture
 from accelx.data.orders import Among, Cycled, Drawn, Order, Seeded, Weighted
 from accelx.data.walks import Walk
 from accelx.errors import DataError
@@ -28,6 +30,23 @@ def settings_of(source: DataLoader[Any]) -> dict[str, Any]:
     is walked. Raises DataError for what would be cut twice, or change nothing.
     """
     _check_settings(source)
+    made = _settings_of(source)
+    _check_mixture(source.dataset, "order" in made or "walk" in made)
+    return made
+
+
+def _check_mixture(dataset: Any, ordered: bool) -> None:
+    """Refuse what would take indices of a mixture, each of a source, for its rows."""
+    inside = [] if hasattr(dataset, "order_at") else plan.inside(dataset)
+    if any(isinstance(one, Mixture) for one in ([dataset] if ordered else []) + inside):
+        raise DataError(
+            "a mixture has an order of its own, which says how often each source "
+            "comes, got a sampler, a Subset or a ConcatDataset over it; write "
+            "DataLoader(mixture, batch_size=...), and mix such parts of the sources"
+        )
+
+
+def _settings_of(source: DataLoader[Any]) -> dict[str, Any]:
     sampler: Any = source.batch_sampler
     fields: dict[str, Any] = {
         "collate": source.collate_fn,
@@ -46,7 +65,18 @@ def settings_of(source: DataLoader[Any]) -> dict[str, Any]:
         cut: Any = {"batch_size": sampler.batch_size, "drop_last": sampler.drop_last}
         return {**fields, **cut, **_order(source, *cut.values())}
     _check_undivided(sampler)
+    _check_lengths(sampler, source.dataset)
     return {**fields, "batch_size": None, "walk": walks.by_batches(sampler)}
+
+
+def _check_lengths(sampler: Any, dataset: Any) -> None:
+    """Refuse lengths of another dataset: items without one would never come."""
+    lengths = getattr(sampler, "lengths", None)
+    if isinstance(lengths, Lengths) and len(lengths) != len(dataset):
+        raise DataError(
+            f"{sampler!r} wants one length for each of {len(dataset)} items, got "
+            f"{len(lengths)}; write [len(item) for item in dataset]"
+        )
 
 
 def _order(source: DataLoader[Any], batch_size: int, drop_last: bool) -> dict[str, Any]:
@@ -131,7 +161,8 @@ def _salt(source: DataLoader[Any]) -> int | None:
     batches: Any = source.batch_sampler
     sampler: Any = source.sampler if batches is None else batches
     sampler = getattr(sampler, "sampler", sampler)
-    generator = getattr(sampler, "generator", None) or source.generator
+    own = getattr(sampler, "generator", None)
+    generator = own if isinstance(own, torch.Generator) else source.generator
     return None if generator is None else generator.initial_seed()
 
 

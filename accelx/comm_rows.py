@@ -8,6 +8,7 @@ from torch import Tensor
 
 from accelx import tree
 from accelx.comm_trees import gather, gather_objects
+from accelx.comm_wire import exchange
 from accelx.errors import DataError
 from accelx.records import Env
 from accelx.rows import leading, rows_of
@@ -19,8 +20,9 @@ def gather_rows(env: Env, values: T, batch: Any) -> T:
     """What each rank computed for its rows of `batch`, as rows of the whole batch.
 
     `values` is a tree of tensors with one row a sample, and of lists with one entry a
-    sample (texts, ragged tensors), as computed from a batch of `ax.feed`. Rows that
-    only pad are left out, so every sample comes once, in order, on every rank. Raises
+    sample (texts, ragged tensors), as computed from a batch of `ax.feed`. A list of
+    tensors that have all rows on every rank is a list of columns. Rows that only pad
+    are left out, so every sample comes once, in order, on every rank. Raises
     DataError for a leaf with another number of rows, CollectiveError for trees that
     differ over ranks.
     """
@@ -32,12 +34,44 @@ def gather_rows(env: Env, values: T, batch: Any) -> T:
             f"{type(batch).__name__} without a tensor; give it what ax.feed yielded"
         )
 
+    found = _lists(env, values, here)
+
     def listed(node: Any) -> bool:
-        return isinstance(node, list) and len(node) == here  # type: ignore[reportUnknownArgumentType]
+        return id(node) in found
 
     flat = tree.flatten(values, listed)
     joined = [_joined(env, path, leaf, real, here) for path, leaf in flat]
     return tree.unflatten(values, joined, listed)
+
+
+def _lists(env: Env, values: Any, here: int) -> set[int]:
+    """The lists with one entry a sample, by id: all ranks find the same.
+
+    What a list is must not depend on how many rows this rank happens to have.
+    """
+    outer = tree.flatten(values, lambda node: isinstance(node, list))
+    lists = [(path, node) for path, node in outer if isinstance(node, list)]
+    if not lists:
+        return set()
+    own = {path: (len(node) == here, _columns(node, here)) for path, node in lists}
+    every = exchange(env, "gather_rows", own)
+    found = set[int]()
+    for path, node in lists:
+        told = [one.get(path, (False, False)) for one in every]
+        if all(fits for fits, _ in told) and not all(columns for _, columns in told):
+            found.add(id(node))
+        elif all(columns for _, columns in told):
+            found |= _lists(env, tuple(node), here)
+    return found
+
+
+def _columns(node: list[Any], here: int) -> bool:
+    """Whether each tensor in a list has all rows."""
+    inner = tree.leaves(node)
+    return bool(inner) and all(
+        isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.size(0) == here
+        for leaf in inner
+    )
 
 
 def _joined(env: Env, path: str, leaf: Any, real: int, here: int) -> Any:

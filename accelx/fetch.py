@@ -18,7 +18,8 @@ from torch.utils.data import (
 )
 
 from accelx import _torch
-from accelx.data.plan import Asked, Unpack
+from accelx.data.plan import Asked, Unpack, listeners
+from accelx.errors import DataError
 
 Collate = Callable[[list[Any]], Any]
 Init = Callable[[int], Any] | None  # what each worker runs first, with its number
@@ -47,7 +48,7 @@ def fetcher(
             return Tensor.unbind, lambda at: [
                 c.index_select(0, at.to(c.device)) for c in columns
             ]
-    if hasattr(dataset, "set_epoch"):
+    if listeners(dataset):
         dataset = Noted(dataset)
         return Tensor.tolist, lambda at: collate(dataset.__getitems__(at))
     return Tensor.tolist, lambda at: collate(items(dataset, at))
@@ -67,10 +68,17 @@ def items(dataset: Any, indices: list[int]) -> list[Any]:
     many = getattr(dataset, "__getitems__", None)
     if many:
         try:
-            return many(indices)
+            found = many(indices)
         except Exception as error:
             error.add_note(f"accelx: while reading the items {indices}{_worker()}")
             raise
+        if hasattr(found, "__len__") and len(found) != len(indices):
+            raise DataError(
+                f"__getitems__ of {type(dataset).__name__} wants to give an item for "
+                f"each of {len(indices)} indices, got {len(found)} for {indices}; "
+                "leave out items by a Subset or a sampler, which all ranks know of"
+            )
+        return found
     found, index = list[Any](), None
     try:
         for index in indices:
@@ -110,9 +118,12 @@ class Noted:
     epoch: int | None = None  # that it was told last
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
-        if isinstance(indices, Asked) and indices.epoch != self.epoch:
+        if isinstance(indices, Asked):
+            # in this process another reader may have told it another epoch since
+            if indices.epoch != self.epoch or get_worker_info() is None:
+                for one in listeners(self.dataset):
+                    one.set_epoch(indices.epoch)
             self.epoch = indices.epoch
-            self.dataset.set_epoch(self.epoch)
         return items(self.dataset, indices)
 
     def __getitem__(self, index: int) -> Any:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import attrs
-from torch import nn
+from torch import Tensor, nn
 
-from accelx import gradients
+from accelx import gradients, tree
 from accelx._torch import is_dtensor
 from accelx.comm_wire import exchange, grouped
 from accelx.cut import cut, divisors, rows_in
@@ -18,7 +18,7 @@ from accelx.fit_kept import forget, kept, unmade
 from accelx.fit_memory import Meter, is_full, let_go, meter
 from accelx.passes.accumulate import accumulate
 from accelx.records import Env, Loss, Transform, check_env
-from accelx.rows import leading
+from accelx.rows import leading, rows_of, stamp
 from accelx.state import State, check_state
 from accelx.transform import check_transform
 
@@ -214,12 +214,19 @@ def _try(trial: _Trial, n: int) -> _Tried:
     return _Tried(rows, full, grown, error)
 
 
+def _copied(part: Any) -> Any:
+    """Rows of a trial's own: a loss may change them in place."""
+    marked = rows_of(part)
+    own = tree.map_leaves(lambda x: x.clone() if isinstance(x, Tensor) else x, part)
+    return own if marked is None else stamp(own, marked)
+
+
 def _run(trial: _Trial, n: int) -> None:
     """The second microbatch has the first one's gradients beside it; as has each."""
     env, state = trial.env, trial.state
     engine = engine_of(state)
     inner = gradients.unreduced(trial.tx, trial.loss, engine, env)
-    parts = cut((trial.batch,), n, env.world)[:2]
+    parts = [_copied(part) for part in cut((trial.batch,), n, env.world)[:2]]
     held = unmade(state, trial.moments)
     quiet: Callable[[Any], Any] = engine.quiet
     last = parts[-1:] if trial.together else []  # reduces, as the last of a step does

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from time import perf_counter
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from accelx import accept, fetch, prefetch
+from accelx import accept, fetch, prefetch, tree
 from accelx.comm_wire import exchange, grouped
 from accelx.cut import pieces
 from accelx.data import plan, stream
@@ -20,7 +21,7 @@ from accelx.data.lengths import whole
 from accelx.data.orders import Order
 from accelx.data.stream import Stream
 from accelx.data.walks import Walk
-from accelx.errors import DataError
+from accelx.errors import DataError, NeutralityWarning
 from accelx.permutation import check_seed, key
 from accelx.records import Env, Transform, code
 from accelx.rows import Rows, Waited, leading, stamp
@@ -238,7 +239,8 @@ def _spans(loader: Loader, start: int, stop: int | None) -> int:
         raise DataError(f"start must be at least 0, got {start}; count steps from 0")
     if stop is None:
         return plan.end_of(loader, start)
-    if stop > start and not len(loader):
+    endless = loader.walk is not None and not loader.walk.told  # it may be
+    if stop > start and not endless and not len(loader):
         raise DataError(
             f"steps {start} to {stop} need batches, got none from "
             f"{len(loader.dataset)} items at batch_size={loader.batch_size}, "
@@ -252,7 +254,7 @@ def _delivered(
     loader: Loader, found: Iterator[Any], start: int, stop: int, marked: deque[Rows]
 ) -> Iterator[Any]:
     """`found`, moved and marked, with step and rank noted on what it raises."""
-    step, waited = start, Waited()
+    step, waited, alarmed = start, Waited(), False
     if loader.batched:
         found = (_part(loader, whole, marked) for whole in found)
     marks = plan.marks(loader, start, waited)
@@ -263,13 +265,47 @@ def _delivered(
         began = perf_counter()
         for batch in prefetch.on_device(found, loader.device):
             waited.seconds += perf_counter() - began
-            yield stamp(batch, next(marks))
+            record = next(marks)
+            alarmed = alarmed or _odd(loader, batch, record, step)
+            yield stamp(batch, record)
             step += 1
             began = perf_counter()
+        if step != stop:
+            raise DataError(
+                f"batches of steps {start} to {stop} were wanted, but reading ended "
+                f"before step {step}; look for a StopIteration, such as of next(...), "
+                "in the dataset, the sampler or collate_fn"
+            )
     except Exception as error:
         where = f"rank {loader.rank} of {loader.world}"
         error.add_note(f"accelx: while getting the batch of step {step} on {where}")
         raise
+
+
+def _odd(loader: Loader, batch: Any, record: Rows, step: int) -> bool:
+    """Whether a batch has other rows than were read for it; warns of that."""
+    length = leading(batch)
+    if length is None or length == record.rows or loader.static_shapes:
+        return False
+    expected = max(1, record.rows)
+
+    def listed(node: Any) -> bool:
+        return isinstance(node, list) and len(node) == expected  # type: ignore[reportUnknownArgumentType]
+
+    for _, leaf in tree.flatten(batch, listed):
+        if isinstance(leaf, Tensor) and leaf.dim() and leaf.size(0) == expected:
+            return False
+        if listed(leaf):
+            return False
+    warnings.warn(
+        f"{expected} items were read for the batch of step {step}, but its "
+        f"first tensor has {length}. If collate_fn leaves items out, ranks weigh "
+        "rows wrongly: leave them out by a Subset or a sampler. If rows are not the "
+        "first dimension, or are joined into one, return an ax.Mean from the loss",
+        NeutralityWarning,
+        stacklevel=3,
+    )
+    return True
 
 
 def _part(loader: Loader, whole: Any, marked: deque[Rows]) -> Any:
@@ -293,12 +329,20 @@ def _part(loader: Loader, whole: Any, marked: deque[Rows]) -> Any:
 def _compare(loader: Loader, start: int, stop: int) -> None:
     """Refuse ranks that would read from different data or in different orders."""
     env = loader.env
-    if env is None or env.world == 1 or start >= stop:
+    if env is None or env.world == 1:
         return
     whole = attrs.evolve(loader, rank=0, world=1, static_shapes=False)
-    some = plan.indices(whole, start, start + 1, Tensor.tolist, deque())
-    first = key(*next(some))
-    size = f"{len(loader.dataset)} items, batch_size={loader.batch_size}"
+    looked = 1 if loader.walk is None else 64  # steps; a sampler may be a rank's own
+    last = min(stop, start + looked)  # a rank that reads nothing says so as well
+    some = plan.indices(whole, start, last, Tensor.tolist, deque())
+    first = key(*(index for batch in some for index in batch))
+    size = (
+        f"{len(loader.dataset)} items, batch_size={loader.batch_size}, "
+        f"drop_last={loader.drop_last}"
+    )
+    for one in (loader.dataset, *plan.inside(loader.dataset)):
+        content = getattr(one, "content", None)
+        size += f", content {content:016x}" if isinstance(content, int) else ""
     told = f"steps {start} to {stop} of {size}, order {first:016x}"
     said = exchange(env, "feed", told)
     if len(set(said)) > 1:

@@ -13,6 +13,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from accelx import tree
 from accelx.errors import DataError
 from accelx.state import State
 
@@ -55,8 +56,16 @@ def mark(batch: B, rows: int, total: int) -> B:
 
 
 def stamp(batch: B, record: Rows) -> B:
-    """`mark` with a record that was made before, for loops where it stays the same."""
-    if _stamp(batch, record):
+    """`mark` with a record that was made before, for loops where it stays the same.
+
+    A tensor with the mark of another batch, which holds it as well, is given as a view.
+    """
+    try:
+        stamped = _stamp(batch, record)
+    except _HeldElsewhere:
+        batch = tree.map_leaves(lambda leaf: _apart(leaf, record), batch)
+        stamped = _stamp(batch, record)
+    if stamped:
         return batch
     if hasattr(batch, "__dict__"):  # an object of the user's own, tensors inside
         object.__setattr__(batch, "_accelx_rows", record)
@@ -155,18 +164,38 @@ def one_mark(args: Iterable[Any]) -> None:
         )
 
 
+class _HeldElsewhere(Exception):  # noqa: N818 it never leaves this file
+    """A tensor carries the mark of a batch of other rows."""
+
+
 def _stamp(node: Any, record: Rows) -> bool:
     if isinstance(node, Tensor):
-        node._accelx_rows = record  # type: ignore[attr-defined]
+        _write(node, record)
         return True
     found = False
     for child in _children(node):
         if type(child) is Tensor:  # a call less a tensor: 0.3 us
-            child._accelx_rows = record  # type: ignore[attr-defined]
+            if "_accelx_rows" in child.__dict__:
+                _write(child, record)
+            else:
+                child._accelx_rows = record  # type: ignore[attr-defined]
             found = True
         elif _stamp(child, record):
             found = True
     return found
+
+
+def _write(tensor: Tensor, record: Rows) -> None:
+    if getattr(tensor, "_accelx_rows", record) != record:
+        raise _HeldElsewhere
+    tensor._accelx_rows = record  # type: ignore[attr-defined]
+
+
+def _apart(leaf: Any, record: Rows) -> Any:
+    """The leaf, or where it has another mark, a view of it, which has none."""
+    if not isinstance(leaf, Tensor) or getattr(leaf, "_accelx_rows", record) == record:
+        return leaf
+    return leaf.view_as(leaf) if leaf.requires_grad else leaf.detach()
 
 
 def _children(node: Any) -> Iterable[Any]:

@@ -88,7 +88,19 @@ def _matching(store: storage.Store, pattern: str) -> dict[str, Any]:
         return fs.glob(f"{store.root}/{pattern}", detail=True)
 
     found = attempt(store, "", "list", ask)
-    return {path: info for path, info in found.items() if info["type"] != "directory"}
+    hidden = any(part.startswith(".") for part in pattern.split("/"))
+    root = store.root.strip("/")
+    return {
+        path: info
+        for path, info in found.items()
+        if info["type"] != "directory"
+        and (hidden or not _hidden(path.strip("/").removeprefix(root)))
+    }
+
+
+def _hidden(path: str) -> bool:
+    """Whether a shell's pattern would leave it out, as copies of editors are."""
+    return any(part.startswith(".") for part in path.split("/"))
 
 
 def _one(store: storage.Store, name: str) -> dict[str, Any]:

@@ -159,6 +159,14 @@ def flawed(file: File, form: Format, what: str) -> DataError:
     )
 
 
+def _unknown(one: str, other: str) -> bool:
+    """Whether one of two kinds of values may be the other: it has nothing but nulls."""
+    short = {one, other} & {"null", "list"}
+    return "null" in short or (
+        "list" in short and all(kind.startswith("list") for kind in (one, other))
+    )
+
+
 def check_schemas(
     files: Sequence[File], found: Sequence[Found], columns: Columns
 ) -> None:
@@ -175,7 +183,7 @@ def check_schemas(
         names = wanted.keys() | schema.keys() if columns is None else set(columns)
         for name in sorted(names):
             one, other = wanted.get(name, "absent"), schema.get(name, "absent")
-            if one != other and "null" not in (one, other):
+            if one != other and not _unknown(one, other):
                 raise DataError(
                     f"files with the same columns are wanted, but {name!r} is {one} in "
                     f"{first.url} and {other} in {file.url}; write them alike, choose "

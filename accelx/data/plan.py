@@ -31,6 +31,23 @@ class Asked(list[int]):
     epoch: int = 0
 
 
+def inside(dataset: Any) -> list[Any]:
+    """The datasets that a Subset, a ConcatDataset or a wrapper of the user's reads."""
+    found: Any = getattr(dataset, "dataset", None)
+    many: Any = getattr(dataset, "datasets", ())
+    many = list(many.values() if hasattr(many, "values") else many)
+    direct = [one for one in (found, *many) if one is not None]
+    return [*direct, *(deep for one in direct for deep in inside(one))]
+
+
+def listeners(dataset: Any) -> list[Any]:
+    """What wants to know the epoch: the dataset, or else those inside it."""
+    if hasattr(dataset, "set_epoch"):
+        return [dataset]
+    each = {id(one): one for one in inside(dataset) if hasattr(one, "set_epoch")}
+    return list(each.values())
+
+
 def order_of(loader: Loader) -> Order:
     """The order by arithmetic: the sampler's, the dataset's own, or the seeded one."""
     if loader.order is not None:
@@ -124,7 +141,7 @@ def _walked(
     unpack: Unpack,
     marked: deque[Rows],
 ) -> Iterator[Any]:
-    n, told = len(loader.dataset), hasattr(loader.dataset, "set_epoch")
+    n, told = len(loader.dataset), bool(listeners(loader.dataset))
     for epoch, batch in walk.batches(seed_of(loader), start, stop):
         if not batch or min(batch) < 0 or max(batch) >= n:
             raise DataError(
@@ -139,7 +156,7 @@ def _walked(
 
 def _computed(loader: Loader, start: int, stop: int, unpack: Unpack) -> Iterator[Any]:
     """By arithmetic, for many steps at once."""
-    order, told = order_of(loader), hasattr(loader.dataset, "set_epoch")
+    order, told = order_of(loader), bool(listeners(loader.dataset))
     (n, size), each = _counts(loader), length(loader)
     full = n // size
     step, positions = start, SORTED if n <= SORTED else BLOCK // 32

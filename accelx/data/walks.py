@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import copy
 import itertools
+import operator
+import random
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
 import torch
+from torch.utils.data import Sampler
 
 from accelx.data.lent import Lent
 from accelx.errors import DataError
@@ -31,6 +35,7 @@ class Walk:
     count: Callable[[int, int], int]  # (seed, epoch) -> how many they are
     constant: bool  # whether each epoch has as many
     name: str  # of what is walked
+    told: bool = True  # whether `count` knows without a walk to the end
 
     def find(self, seed: int, step: int) -> tuple[int, int]:
         """The epoch that `step` lies in, and the batch's number there."""
@@ -38,7 +43,7 @@ class Walk:
             length = self.count(seed, 0)
             return divmod(step, length) if length else (0, step)
         for epoch in itertools.count():
-            length = self.count(seed, epoch)
+            length = self._up_to(seed, epoch, step + 1)
             if step < length:
                 return epoch, step
             step -= length
@@ -49,6 +54,12 @@ class Walk:
                 )
         raise AssertionError
 
+    def _up_to(self, seed: int, epoch: int, most: int) -> int:
+        """Batches of an epoch; where none says how many, `most` are asked at most."""
+        if self.told:
+            return self.count(seed, epoch)
+        return sum(1 for _ in itertools.islice(self.over(seed, epoch), most))
+
     def batches(self, seed: int, start: int, stop: int) -> Iterator[tuple[int, Any]]:
         """(epoch, indices) of the global batches of steps `start` to `stop`."""
         if start >= stop:
@@ -56,25 +67,28 @@ class Walk:
         epoch, skipped = self.find(seed, start)
         left = stop - start
         while left:
-            given = 0
+            given, said = 0, self.count(seed, epoch) if self.told else None
             for batch in self.over(seed, epoch):
                 given += 1
-                if given > skipped and left:
-                    left -= 1
-                    yield epoch, batch
+                if said is not None and given > said:
+                    raise self._other(said, f"more than {said}", epoch)
                 if not left:
                     return
-            self._whole(seed, epoch, given)
+                if given > skipped:
+                    left -= 1
+                    yield epoch, batch
+                    if not left and given != said:
+                        return
+            if said is not None and given != said:
+                raise self._other(said, str(given), epoch)
             epoch, skipped = epoch + 1, 0
 
-    def _whole(self, seed: int, epoch: int, given: int) -> None:
-        """Refuse a sampler whose length, by which steps are counted, is not true."""
-        said = self.count(seed, epoch)
-        if given != said:
-            raise DataError(
-                f"{self.name} wants to give as many batches as its length says, "
-                f"{said}, but gave {given} in epoch {epoch}; mend its __len__"
-            )
+    def _other(self, said: int, given: str, epoch: int) -> DataError:
+        """The error of a sampler whose length, by which steps are counted, is wrong."""
+        return DataError(
+            f"{self.name} wants to give as many batches as its length says, "
+            f"{said}, but gave {given} in epoch {epoch}; mend its __len__"
+        )
 
 
 def by_batches(sampler: Any) -> Walk:
@@ -85,10 +99,14 @@ def by_batches(sampler: Any) -> Walk:
         over: Any = sampler.over
         count = counted or (lambda seed, epoch: sum(1 for _ in over(seed, epoch)))
         as_long = counted is None and hasattr(sampler, "__len__")
-        return Walk(over, count, getattr(sampler, "constant", as_long), name)
+        told = counted is not None or as_long
+        return Walk(over, count, getattr(sampler, "constant", as_long), name, told)
+
+    def taken(batch: Any) -> list[int]:  # at once: it may be filled again
+        return [_index(one, name) for one in batch]
 
     def walk(seed: int, epoch: int) -> Iterator[list[int]]:
-        return (list(map(int, batch)) for batch in _steps(sampler, seed, epoch))
+        return _steps(sampler, seed, epoch, taken)
 
     return _counted(sampler, walk, name, len)
 
@@ -96,8 +114,10 @@ def by_batches(sampler: Any) -> Walk:
 def by_indices(sampler: Any, batch_size: int, drop_last: bool) -> Walk:
     """The walk over a sampler of indices, cut into batches."""
 
+    name = type(sampler).__name__
+
     def walk(seed: int, epoch: int) -> Iterator[list[int]]:
-        stream = map(int, _steps(sampler, seed, epoch))
+        stream = _steps(sampler, seed, epoch, lambda one: _index(one, name))
         while batch := list(itertools.islice(stream, batch_size)):
             if len(batch) == batch_size or not drop_last:
                 yield batch
@@ -106,7 +126,7 @@ def by_indices(sampler: Any, batch_size: int, drop_last: bool) -> Walk:
         n = len(one)
         return n // batch_size if drop_last else -(-n // batch_size)
 
-    return _counted(sampler, walk, type(sampler).__name__, length)
+    return _counted(sampler, walk, name, length)
 
 
 def _counted(
@@ -125,25 +145,77 @@ def _counted(
             known[seed, epoch] = sum(1 for _ in walk(seed, epoch))
         return known[seed, epoch]
 
-    return Walk(walk, count, False, name)
+    return Walk(walk, count, False, name, told=False)
 
 
-def _steps(sampler: Any, seed: int, epoch: int) -> Iterator[Any]:
+def _index(found: Any, name: str) -> int:
+    try:
+        return operator.index(found)
+    except TypeError:
+        raise DataError(
+            f"{name} wants to give whole numbers as indices, got {found!r}; map "
+            "what it gives to items in the dataset, by index"
+        ) from None
+
+
+def _steps(
+    sampler: Any, seed: int, epoch: int, taken: Callable[[Any], Any]
+) -> Iterator[Any]:
     """What the sampler gives in `epoch`, drawn from generators of its own."""
     start = key(_STREAM, seed, epoch) >> 1
-    own = copy.copy(sampler)  # its generator and epoch are set; the user's are not
-    if hasattr(own, "set_epoch"):
-        own.set_epoch(epoch)
-    if hasattr(own, "generator"):
-        own.generator = torch.Generator().manual_seed(start)
+    own = _fresh(sampler, start, epoch)
     drawn = Lent.of(start)
     with drawn.lent():
         iterator = iter(own)
     size = 1
     while True:
         with drawn.lent():
-            found = list(itertools.islice(iterator, size))
+            found = list(map(taken, itertools.islice(iterator, size)))
         yield from found
         if len(found) < size:
             return
         size = min(2 * size, AT_ONCE)
+
+
+def _fresh(sampler: Any, start: int, epoch: int) -> Any:
+    """A copy for one walk, and of samplers inside it: the user's are not moved.
+
+    Generators that it holds, by whatever name, start from `start`; it is told `epoch`.
+    """
+    try:
+        own = copy.copy(sampler)
+    except TypeError as error:
+        raise DataError(
+            f"a sampler must be one that can be gone through again, got a "
+            f"{type(sampler).__name__} ({error}); give a list, or an object whose "
+            "__iter__ begins anew"
+        ) from None
+    for name, value in list(getattr(own, "__dict__", {}).items()):
+        if isinstance(value, Sampler):
+            made: Any = _fresh(value, start, epoch)
+        elif name == "generator" and value is None:
+            made = torch.Generator().manual_seed(start)
+        else:
+            made = _started(value, start)
+        if made is not None:
+            object.__setattr__(own, name, made)  # also where it is frozen
+    listen = getattr(own, "set_epoch", None)
+    if callable(listen):
+        listen(epoch)
+    elif isinstance(getattr(own, "__dict__", {}).get("epoch"), int):
+        object.__setattr__(own, "epoch", epoch)  # that it counts by itself
+    return own
+
+
+def _started(value: Any, start: int) -> Any:
+    """A generator of the same kind that starts from `start`; None for other values."""
+    if isinstance(value, torch.Generator):
+        return torch.Generator(value.device).manual_seed(start)
+    if type(value) is random.Random:
+        return random.Random(start)
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.random.Generator):
+        return numpy.random.Generator(type(value.bit_generator)(start))
+    if numpy is not None and isinstance(value, numpy.random.RandomState):
+        return numpy.random.RandomState(start % 2**32)
+    return None

@@ -24,7 +24,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 import accelx as ax
 from accelx import fetch
-from accelx.errors import DataError
+from accelx.errors import DataError, NeutralityWarning
 from accelx.loader import (
     Loader,
     as_loader,
@@ -518,3 +518,19 @@ def test_the_time_waited_for_data_is_counted(monkeypatch):
         waited = rows_of(batch).waited
         found += [waited.take(), waited.take()]
     assert found == [2, 0, 2, 0]
+
+
+def some(items):
+    """A collate_fn that leaves out an item."""
+    return torch.stack([torch.as_tensor(i) for i in items if i != 5])
+
+
+def test_a_collate_that_leaves_items_out_is_pointed_out():
+    """Once a feed: the mark says more rows than there are. Joined batches alike."""
+    loader = as_loader(DataLoader(range(12), 4, collate_fn=some))
+    with pytest.warns(NeutralityWarning, match=r"4 items .* step 1, .* has 3") as told:
+        assert [len(batch) for batch in batches(loader)] == [4, 3, 4]
+    assert len(told) == 1
+    quiet = {"prior": torch.ones(3), "x": torch.ones(2)}
+    loader = as_loader(DataLoader(range(4), 2, collate_fn=lambda items: quiet))
+    assert len(list(batches(loader))) == 2  # the control: warnings are errors here

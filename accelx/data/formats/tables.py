@@ -109,7 +109,13 @@ def _kind(kind: Any, types: Any) -> str:
     }
     for name, is_ in groups.items():
         if is_(kind):
-            return name
+            inner = _kind(kind.value_type, types) if name == "list" else ""
+            # of a list of nothing but nulls nobody can tell
+            return f"list of {inner}" if inner and "null" not in inner else name
+    if types.is_struct(kind):
+        return f"struct of {', '.join(sorted(field.name for field in kind))}"
+    if types.is_timestamp(kind):
+        return "timestamp" if kind.tz is None else "timestamp with a zone"
     return str(kind).partition("<")[0].partition("[")[0]
 
 

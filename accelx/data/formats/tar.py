@@ -64,6 +64,7 @@ class _Sample:
     stop: int
     names: set[str]
     twice: str = ""  # an extension that it has two times
+    link: str = ""  # a member that is a link, whose content stands elsewhere
 
 
 def scan(file: File, careful: bool) -> Scan:
@@ -72,9 +73,9 @@ def scan(file: File, careful: bool) -> Scan:
     runs, flaws = Runs(), list[Flaw]()
     try:
         for sample in _samples(file):
-            if sample.twice:
+            if sample.twice or sample.link:
                 runs.cut()
-                flaws.append(Flaw(_told_twice(sample), rows=1))
+                flaws.append(Flaw(_told(sample), rows=1))
             else:
                 runs.add(sample.start, sample.stop)
     except FlawedError as error:
@@ -83,7 +84,12 @@ def scan(file: File, careful: bool) -> Scan:
     return Scan(tuple(runs.blocks), tuple(flaws))
 
 
-def _told_twice(sample: _Sample) -> str:
+def _told(sample: _Sample) -> str:
+    if sample.link:
+        return (
+            f"the member {sample.link!r} is a link, whose content stands elsewhere: "
+            "tar with --hard-dereference"
+        )
     return f"the sample {sample.key!r} has {sample.twice!r} twice"
 
 
@@ -102,6 +108,7 @@ def _samples(file: File) -> Iterator[_Sample]:
                 found.stop = stop
                 found.twice = name if name in found.names else found.twice
                 found.names.add(name)
+            found.link = found.link if member.isreg() else member.name
     if found is not None:
         yield found
 
@@ -119,7 +126,8 @@ def _members(
             break
         cast(Any, tar).members.clear()  # it would keep them all
         match = NAME.fullmatch(member.name)
-        if match and member.isreg() and not member.name.startswith("__"):
+        linked = member.islnk()
+        if match and (member.isreg() or linked) and not member.name.startswith("__"):
             yield tar, member, match[1], match[2].lower()
     opened.seek(tar.offset)
     if not _ended(opened.read(512)):
