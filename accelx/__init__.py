@@ -61,12 +61,17 @@ if TYPE_CHECKING:
     from .passes.accumulate import accumulate as accumulate
     from .passes.clip import clip as clip
     from .passes.clip_value import clip_value as clip_value
+    from .passes.compile import compile as compile, recompiles as recompiles
     from .passes.load_state import load_state as load_state
     from .passes.load_weights import load_weights as load_weights
     from .passes.on_preempt import on_preempt as on_preempt
+    from .passes.remat import remat as remat
     from .passes.save_state import save_state as save_state
     from .passes.shard_loader import shard_loader as shard_loader
     from .passes.shard_model import shard_model as shard_model
+    from .passes.with_diloco import with_diloco as with_diloco
+    from .passes.with_ema import with_ema as with_ema
+    from .passes.with_local_sgd import with_local_sgd as with_local_sgd
     from .passes.with_precision import with_precision as with_precision
     from .passes.with_schedule import with_schedule as with_schedule
     from .records import (
@@ -93,6 +98,7 @@ if TYPE_CHECKING:
         measure as measure,
         step as step,
     )
+    from .run_averaged import averaged as averaged
     from .saves.commit import latest as latest
     from .saves.convert import import_state as import_state
     from .saves.export import export as export
@@ -147,18 +153,24 @@ _NAMES = {
     "passes.accumulate": ("accumulate",),
     "passes.clip": ("clip",),
     "passes.clip_value": ("clip_value",),
+    "passes.compile": ("compile", "recompiles"),
     "passes.load_state": ("load_state",),
     "passes.load_weights": ("load_weights",),
     "passes.on_preempt": ("on_preempt",),
+    "passes.remat": ("remat",),
     "passes.save_state": ("save_state",),
     "passes.shard_loader": ("shard_loader",),
     "passes.shard_model": ("shard_model",),
+    "passes.with_diloco": ("with_diloco",),
+    "passes.with_ema": ("with_ema",),
+    "passes.with_local_sgd": ("with_local_sgd",),
     "passes.with_precision": ("with_precision",),
     "passes.with_schedule": ("with_schedule",),
     "run": (
         *("apply", "evaluating", "feed", "frozen", "grads", "init", "measure"),
         "step",
     ),
+    "run_averaged": ("averaged",),
     "saves.commit": ("latest",),
     "saves.convert": ("import_state",),
     "saves.export": ("export",),

@@ -74,6 +74,15 @@ real = st.one_of(
         verify=st.sampled_from(["touched", "full", "off"]),
         fallback=st.booleans(),
     ),
+    st.builds(ax.with_ema, st.floats(0.1, 0.99), every=st.integers(1, 3)),
+    st.builds(
+        ax.remat,
+        st.sampled_from(["layers.*", ["a.*", "b.*"], ax.Mean]),
+        st.sampled_from(["full", "selective"]),
+    ),
+    st.builds(ax.compile, st.sampled_from([None, "layers.*"])),
+    st.builds(ax.with_local_sgd, st.just(ENV), st.integers(1, 9)),
+    st.builds(ax.with_diloco, st.just(ENV), st.integers(1, 9), st.just(factor)),
     st.builds(
         ax.on_preempt,
         st.just(ENV),

@@ -12,9 +12,16 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import accelx as ax
 from accelx import testing
+from accelx.passes.compile import compile
+from accelx.passes.remat import remat
+from accelx.passes.with_diloco import with_diloco
+from accelx.passes.with_ema import with_ema
+from accelx.passes.with_local_sgd import with_local_sgd
 from tests.laws import training as t
 
-pytestmark = [pytest.mark.multi, t.quiet_views]
+# torch says it of itself, where it traces a block that is given what has a gradient
+quiet_traces = pytest.mark.filterwarnings("ignore:The .grad attribute of:UserWarning")
+pytestmark = [pytest.mark.multi, t.quiet_views, quiet_traces]
 WORLDS = (1, 2, 3, 4)
 MICROBATCHES = (1, 2, 3, 5)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -99,6 +106,16 @@ def saved(env, kind, wait):
     return t.apart(judge, run, env.rank, env.world)
 
 
+def with_passes(env, kind, *passes):
+    """The gap of a run with more passes that claim to change nothing."""
+    place = ax.shard_model(env, kind, blocks=BLOCKS)
+    rest = (ax.accumulate(2), ax.clip(t.LIMIT), ax.with_schedule(t.curve))
+    tx = ax.chain(place, *passes, *rest)
+    run = t.train(tx, env, t.made(), t.masked, t.grouped, t.batches())
+    judge = t.by_hand(t.made(), t.masked, t.grouped, t.batches())
+    return t.apart(judge, run, env.rank, env.world)
+
+
 def unmarked(env, loss):
     """The gap of batches of 2 * world rows that nobody marked: rows are counted."""
     data = t.batches(rows=(2 * env.world,))
@@ -108,6 +125,16 @@ def unmarked(env, loss):
     state, out = ax.step(tx, loss)(state, mine[0])
     trace = [t.Step(float(out.loss), out.norm.item(), t.weights(state.model))]
     return t.apart(t.by_hand(t.made(), loss, t.grouped, data), trace)
+
+
+def compiled(blocks):
+    """compile, by a backend that traces and is quick."""
+    return compile(blocks, backend="eager")
+
+
+def apart_for_two(env):
+    """The gap of ranks that agree each second step only: what must not pass."""
+    return with_passes(env, "ddp", with_local_sgd(env, 2))
 
 
 def unsynchronised(env):
@@ -137,9 +164,18 @@ EXACT = {
     "fed-fsdp2-2": lambda env: fed(env, "fsdp2", 2),
     "saved-ddp": lambda env: saved(env, "ddp", True),
     "saved-fsdp2-beside": lambda env: saved(env, "fsdp2", False),
+    "remat-ddp": lambda env: with_passes(env, "ddp", remat(BLOCKS)),
+    "remat-fsdp2": lambda env: with_passes(env, "fsdp2", remat(BLOCKS, "selective")),
+    "compile-ddp": lambda env: with_passes(env, "ddp", compiled("layers.0")),
+    "compile-fsdp2": lambda env: with_passes(
+        env, "fsdp2", remat("layers.3"), compiled("layers.3")
+    ),
+    "ema-ddp": lambda env: with_passes(env, "ddp", with_ema(0.9)),
+    "ema-fsdp2": lambda env: with_passes(env, "fsdp2", with_ema(0.9)),
     "unmarked-bare": lambda env: unmarked(env, t.bare),
     "unmarked-masked": lambda env: unmarked(env, t.masked),
 }
+APART = {"unsynchronised": unsynchronised, "local sgd": apart_for_two}
 CONTROLS = {
     "mean-of-means-ddp": lambda env: mean_of_means(env, "ddp", 2),
     "mean-of-means-fsdp2": lambda env: mean_of_means(env, "fsdp2", 2),
@@ -151,9 +187,7 @@ def gaps(world):
     """Every case on `world` ranks, in one launch: of each rank, {case: gap}."""
     for case in cases():
         judge(case[2], case[3], case[6])  # before the fork, for all ranks at once
-    others = (
-        EXACT | CONTROLS | ({"unsynchronised": unsynchronised} if world > 1 else {})
-    )
+    others = EXACT | CONTROLS | (APART if world > 1 else {})
 
     def rank(env):
         found = {case: run_case(env, case) for case in cases()}
@@ -187,8 +221,9 @@ def test_control_the_mean_of_means_is_another_run(world, name):
 
 @pytest.mark.parametrize("world", WORLDS[1:])
 def test_control_ranks_by_themselves_are_another_run(world):
-    """The comparison sees ranks whose gradients were never reduced."""
-    assert min(rank["unsynchronised"] for rank in gaps(world)) > 1e-3
+    """The comparison sees ranks whose gradients were never reduced, or too late."""
+    for name in APART:
+        assert min(rank[name] for rank in gaps(world)) > 1e-3, name
 
 
 ENV = ax.Env()
@@ -196,17 +231,22 @@ FACTORIES = {  # one call of each public factory of passes
     "accumulate": lambda: ax.accumulate(2),
     "clip": lambda: ax.clip(1.0),
     "clip_value": lambda: ax.clip_value(1.0),
+    "compile": lambda: compile(BLOCKS),
     "load_state": lambda: ax.load_state(ENV, "url"),
     "load_weights": lambda: ax.load_weights("url"),
     "on_preempt": lambda: ax.on_preempt(ENV, "url"),
+    "remat": lambda: remat(BLOCKS),
     "save_state": lambda: ax.save_state(ENV, "url", every=1),
     "shard_loader": lambda: ax.shard_loader(ENV),
     "shard_model": lambda: ax.shard_model(ENV),
+    "with_diloco": lambda: with_diloco(ENV, 2, torch.optim.SGD),
+    "with_ema": lambda: with_ema(0.9),
+    "with_local_sgd": lambda: with_local_sgd(ENV, 2),
     "with_precision": lambda: ax.with_precision("fp16"),
     "with_schedule": lambda: ax.with_schedule(t.curve),
 }
 COVERED = {"accumulate", "shard_loader", "shard_model"}  # by the cases above
-COVERED |= {"on_preempt", "save_state"}
+COVERED |= {"compile", "on_preempt", "remat", "save_state", "with_ema"}
 
 
 def test_every_factory_of_passes_is_looked_at():
