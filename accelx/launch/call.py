@@ -118,7 +118,9 @@ def complaint(folder: Path, code: int) -> str:
         return (folder / "refused.txt").read_text()
     if (folder / "failure.json").exists():
         failure = loads((folder / "failure.json").read_bytes())
-        return f"rank {failure.rank} failed: {failure.summary}\n{failure.text}".rstrip()
+        return (
+            f"rank {failure.rank} failed: {failure.headline}\n{failure.text}".rstrip()
+        )
     return f"the launcher ended with exit code {code} before the ranks had results"
 
 

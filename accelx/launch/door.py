@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from accelx.errors import SpawnError
-from accelx.launch.options import check_system, parse
+from accelx.launch.options import parse
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,7 +16,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the launcher. Returns the exit code, in the launcher and in each rank."""
     try:
         given = parse(sys.argv[1:] if argv is None else argv)
-        check_system(sys.platform, given.target)
+        from accelx.launch.system import check_here  # `--help` needs no attrs
+
+        check_here(given.target)
     except SpawnError as error:
         sys.stderr.write(f"accelx.spawn: {error}\n")
         return 2

@@ -1,4 +1,4 @@
-"""Why a rank ended badly, which of several failures came first, and how to say it."""
+"""Why a rank ended badly, and which of several failures came first."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
 import attrs
+
+from accelx.launch.where import innermost, of_stack
 
 # What torch's own errors say when another rank went away; read from torch 2.13.
 FOLLOWS = re.compile(
@@ -21,16 +24,12 @@ FOLLOWS = re.compile(
     "|failed to recv|remote process exited|Connection refused|Application timeout"
 )
 DISTRIBUTED = {"DistError", "DistBackendError", "DistNetworkError", "DistStoreError"}
-SIGNALS: dict[int, str] = {
-    signal.SIGKILL: "out of memory, or kill -9",
-    signal.SIGSEGV: "a fault in native code",
-    signal.SIGABRT: "native code gave up, such as a failed assertion or a watchdog",
-    signal.SIGBUS: "often a full /dev/shm: give the container a larger --shm-size",
-    signal.SIGILL: "native code built for another CPU",
-    signal.SIGTERM: "something else asked this rank to stop",
-}
-READINGS = {75: " (told to leave, and saved: run it again to go on)"}
+LATE = 124  # exit code of a run that passed its time limit, as of timeout(1)
 LAUNCH = str(Path(__file__).parent)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 @attrs.frozen
@@ -39,56 +38,77 @@ class Failure:
 
     rank: int
     time: float  # seconds of the monotonic clock, the same for all processes
-    kind: Literal["exception", "exit", "signal", "interrupt"]
-    summary: str  # one line
+    kind: Literal["exception", "exit", "signal", "interrupt", "timeout"]
+    summary: str  # one line: what happened
     code: int  # exit code
     text: str = ""  # traceback
     follows: bool = False  # looks like the echo of another rank's end
+    error: str = ""  # type of the exception
+    message: str = ""  # its text
+    line: str = ""  # file, line and function of the program
+    signal: str = ""  # name of the signal that ended it
+    at: str = attrs.field(factory=_now)  # date and time, UTC
+    reading: str = ""  # what it means; this and the rest is from the launcher
+    host: str = ""
+    pid: int = 0
+    peak: int = 0  # bytes of memory
+
+    @property
+    def headline(self) -> str:
+        """What happened and what it means, in one line."""
+        return self.summary + f" ({self.reading})" * bool(self.reading)
 
 
 def raised(rank: int, error: BaseException) -> Failure:
     """The failure of a rank whose program raised `error`."""
-    now = time.monotonic()
+    now, line = time.monotonic(), innermost(error.__traceback__)
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else 1
         said = error.code if isinstance(error.code, int) else repr(str(error.code))
-        summary = f"sys.exit({said}){READINGS.get(code, '')}"
-        return Failure(rank, now, "exit", summary, code & 0xFF)
+        made = Failure(rank, now, "exit", f"sys.exit({said})", code & 0xFF, line=line)
+        return attrs.evolve(made, error="SystemExit", message=str(error.code))
     name, text = type(error).__name__, _traceback(error)
-    summary = " ".join(f"{name}: {error}".split())[:300].removesuffix(": ")
-    if isinstance(error, KeyboardInterrupt):
-        code = 128 + signal.SIGINT
-        return Failure(rank, now, "interrupt", summary, code, text)
-    return Failure(rank, now, "exception", summary, 1, text, _follows(error))
+    summary = " ".join(f"{name}: {error}".split())[:300].removesuffix(":")
+    interrupt = isinstance(error, KeyboardInterrupt)
+    return Failure(
+        rank,
+        now,
+        kind="interrupt" if interrupt else "exception",
+        summary=summary,
+        code=128 + signal.SIGINT if interrupt else 1,
+        text=text,
+        follows=_follows(error),
+        error=name,
+        message=str(error),
+        line=line,
+    )
 
 
 def died(rank: int, status: int, stack: str) -> Failure | None:
     """The failure of a rank that left without a word; None for exit code 0."""
-    now, code, stack = time.monotonic(), status, _program_part(stack)
-    if code == 0:
+    now, stack = time.monotonic(), _program_part(stack)
+    line = of_stack(stack)
+    if status == 0:
         return None
-    if code > 0:
-        summary = f"os._exit({code}), or native code's exit, without a traceback"
-        return Failure(rank, now, "exit", summary, code, stack)
-    named = -code in set(signal.Signals)  # real-time signals have numbers only
-    name = signal.Signals(-code).name if named else f"signal {-code}"
-    reading = f" ({SIGNALS[-code]})" if -code in SIGNALS else ""
-    return Failure(rank, now, "signal", f"killed by {name}{reading}", 128 - code, stack)
+    if status > 0:
+        summary = f"os._exit({status}), or native code's exit, without an exception"
+        return Failure(rank, now, "exit", summary, status, stack, line=line)
+    named = -status in set(signal.Signals)  # real-time signals have numbers only
+    name = signal.Signals(-status).name if named else f"signal {-status}"
+    summary, code = f"killed by {name}", 128 - status
+    return Failure(rank, now, "signal", summary, code, stack, line=line, signal=name)
+
+
+def late(rank: int, seconds: float, stack: str) -> Failure:
+    """The failure of a rank that has not ended in the time that the run may take."""
+    now, stack = time.monotonic(), _program_part(stack)
+    summary = f"did not finish within {seconds:g} s"
+    return Failure(rank, now, "timeout", summary, LATE, stack, line=of_stack(stack))
 
 
 def first(failures: Iterable[Failure]) -> Failure:
     """The root cause: the earliest that is not the echo of another."""
     return min(failures, key=lambda failure: (failure.follows, failure.time))
-
-
-def told(failure: Failure, host: str, others: int) -> str:
-    """What the screen shows last: the rank, its traceback, what became of the rest."""
-    lines = [f"rank {failure.rank} on {host} failed: {failure.summary}"]
-    if failure.text:
-        lines.append(failure.text.rstrip())
-    if others:
-        lines.append(f"{others} rank{'s' * (others > 1)} stopped because of it")
-    return "\n".join(lines)
 
 
 def dumps(failure: Failure) -> bytes:

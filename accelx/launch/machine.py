@@ -12,6 +12,8 @@ from pathlib import Path
 
 import attrs
 
+from accelx.launch.system import LINUX, offered
+
 SYSTEM = Path("/sys/devices/system")
 
 
@@ -31,6 +33,7 @@ class Machine:
 
     host: str = "localhost"
     system: str = "linux"  # as sys.platform
+    has: frozenset[str] = LINUX  # what its `os` offers
     cpus: tuple[Cpu, ...] = (Cpu(0, 0, 0, 0),)  # that this process may use
     quota: float | None = None  # CPUs' worth of time that the container may use
     gpus: int = 0  # CUDA devices that torch will use
@@ -41,6 +44,7 @@ def look(environ: Mapping[str, str]) -> Machine:
     return Machine(
         host=socket.gethostname(),
         system=sys.platform,
+        has=offered(),
         cpus=_cpus(),
         quota=_quota(),
         gpus=_gpus(environ),

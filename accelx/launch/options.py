@@ -9,10 +9,12 @@ from accelx.errors import SpawnError
 TYPE_CHECKING = False  # importing `typing` would cost `--help` 10 ms
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Literal, NoReturn
+    from typing import NoReturn
 
 PROGRAM = "python -m accelx.spawn"
 GRACE = 30.0  # seconds, as torchrun's
+# What other launchers call what is `-n` here.
+FOREIGN = ("--nproc-per-node", "--num-processes", "--np", "--ntasks")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -21,70 +23,73 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The words as they were given. Raises SpawnError; `--help` prints and exits."""
-    return _parser().parse_args(list(argv))
+    """The words as they were given; `settings` says what their values mean.
+
+    Raises SpawnError, with the nearest option for one that does not exist; `--help`
+    prints and exits.
+    """
+    parser = _parser()
+    given, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        _unknown(parser, unknown[0])
+    return given
 
 
-def check_system(system: str, target: str) -> None:
-    """Refuse a system (`sys.platform`) that cannot fork."""
-    if system == "win32":
-        raise SpawnError(
-            f"{PROGRAM} starts ranks by fork, which Windows does not have; one process "
-            f"needs no launcher: python {target}"
-        )
+def _unknown(parser: _Parser, word: str) -> NoReturn:
+    import re
+
+    from accelx.launch.nearest import nearest
+
+    options = re.findall(r"(?<![\w-])--?[a-z][\w-]*", parser.format_help())
+    name = word.partition("=")[0]
+    near = "-n" if nearest(name, FOREIGN, 0.8) else nearest(name, options)
+    instead = f"did you mean {near}?" if near else "write the script's after the script"
+    parser.error(f"there is no option {name}; {instead}")
 
 
-def num_ranks(text: str) -> int | Literal["auto"]:
-    """`8` or `auto`; anything else raises with what to write."""
-    if text == "auto":
-        return "auto"
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(
-            f"the number of ranks is 1 or more, got {text!r}; "
-            "write -n 2, or -n auto for one rank per GPU"
-        )
-    return int(text)
-
-
-def seconds(text: str) -> float:
-    """A number of seconds, 0 or more."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(
-            f"a time in seconds is 0 or more, got {text!r}; write --grace 30"
-        )
-    return value
-
-
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> _Parser:
     parser = _Parser(
         prog=PROGRAM,
         usage=f"{PROGRAM} -n N [options] [-m] script [args ...]",
         description="Start a script as N ranks on this machine.",
+        epilog="A setting may also be ACCELX_NAME in the environment, or stand in "
+        "accelx.toml; --print shows all, with their sources.",
         allow_abbrev=False,
     )
     say = parser.add_argument
     count = "number of ranks: 8; auto is one per GPU, or per NUMA node"
-    say("-n", required=True, type=num_ranks, metavar="N", help=count)
+    say("-n", "--num-ranks", dest="num_ranks", metavar="N", help=count)
     _add_kinds(parser)
-    logs = "also write each rank's output to DIR/rank-N.log"
-    say("--log-dir", metavar="DIR", help=logs)
-    say("--prefix", action="store_true", help="start each line of output with [rank]")
+    logs = "write each rank's output to DIR/rank-N.log too, a failure to failure.json"
+    say("--logs", "--log-dir", dest="log_dir", metavar="DIR", help=logs)
+    _add_prefix(parser)
     say("--print", action="store_true", help="show every setting and start nothing")
     wait = f"seconds from a request to stop until SIGKILL, by default {GRACE:g}"
-    say("--grace", type=seconds, metavar="S", help=wait)
-    cores = "give each rank cores of its own; auto: where each gets two or more"
-    say("--bind", choices=("auto", "always", "never"), help=cores)
+    say("--grace", metavar="S", help=wait)
+    whole = "seconds that the run may take; then ranks show their stacks and end"
+    say("--timeout", metavar="S", help=whole)
+    cores = "cores of its own for each rank: auto, always or never"
+    say("--bind", metavar="HOW", help=cores)
+    file = "read settings from FILE, by default from accelx.toml if it is here"
+    say("--config", metavar="FILE", help=file)
     say("target", metavar="script", help="a Python file, or a module after -m")
     rest = "handed to the script as they are"
     say("args", nargs=argparse.REMAINDER, default=[], help=rest)
     return parser
 
 
-def _add_kinds(parser: argparse.ArgumentParser) -> None:
+def _add_prefix(parser: _Parser) -> None:
+    prefix = "start each line of output with [rank]"
+    for flag, const, text in (
+        ("--prefix", "yes", prefix),
+        ("--no-prefix", "no", argparse.SUPPRESS),  # over a file that says yes
+    ):
+        parser.add_argument(
+            flag, action="store_const", dest="prefix", const=const, help=text
+        )
+
+
+def _add_kinds(parser: _Parser) -> None:
     kind = parser.add_mutually_exclusive_group()
     for flags, text in (
         (("-m", "--module"), "the script is named as in python -m package.module"),

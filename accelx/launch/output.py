@@ -30,14 +30,14 @@ class Stream:
 
 def wanted(plan: Plan) -> bool:
     """Whether output has to pass through the launcher."""
-    return plan.asked.prefix or plan.asked.log_dir is not None
+    return plan.prefix or plan.log_dir is not None
 
 
 def open_logs(plan: Plan) -> list[BinaryIO | None]:
     """One log file per rank, emptied; Nones without `--log-dir`."""
-    if plan.asked.log_dir is None:
+    if plan.log_dir is None:
         return [None] * plan.num_ranks
-    folder = Path(plan.asked.log_dir)
+    folder = Path(plan.log_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "failure.json").unlink(missing_ok=True)
@@ -47,7 +47,7 @@ def open_logs(plan: Plan) -> list[BinaryIO | None]:
         ]
     except OSError as error:
         raise SpawnError(
-            f"--log-dir wants a folder that can be written, got {plan.asked.log_dir!r} "
+            f"--log-dir wants a folder that can be written, got {plan.log_dir!r} "
             f"({error.strerror}); write another, such as --log-dir logs"
         ) from error
 
@@ -55,7 +55,7 @@ def open_logs(plan: Plan) -> list[BinaryIO | None]:
 def prefix_of(plan: Plan, rank: int) -> bytes:
     """`[3] `, as wide for every rank."""
     width = len(str(plan.num_ranks - 1))
-    return f"[{rank:>{width}}] ".encode() if plan.asked.prefix else b""
+    return f"[{rank:>{width}}] ".encode() if plan.prefix else b""
 
 
 def pump(stream: Stream) -> bool:

@@ -10,7 +10,9 @@ import attrs
 
 from accelx.errors import SpawnError
 from accelx.launch.machine import Machine, cores, shares
-from accelx.launch.options import GRACE, PROGRAM
+from accelx.launch.options import PROGRAM
+from accelx.launch.settings import KNOWN, Choice, File, decide
+from accelx.launch.system import System, decide as decide_system
 
 # Whoever sets one of these places threads on purpose; binding would fight it.
 PER_CORE = 32  # ranks that a core may have, for trying things out
@@ -21,15 +23,12 @@ PLACED_BY = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES", "OMP_PROC_BIND")
 class Asked:
     """The command line as a record."""
 
-    num_ranks: int | Literal["auto"]
     target: str  # path of a script, dotted name of a module, or folder of a call
     args: tuple[str, ...] = ()  # the script's own
     kind: Literal["script", "module", "call"] = "script"
-    log_dir: str | None = None
-    prefix: bool = False
     show: bool = False
-    grace: float | None = None  # seconds; None where the command line is silent
-    bind: Literal["auto", "always", "never"] | None = None
+    config: str | None = None  # path of a settings file
+    words: Mapping[str, str] = attrs.field(factory=dict[str, str])  # settings as given
 
 
 @attrs.frozen
@@ -38,7 +37,7 @@ class Setting:
 
     name: str
     value: str
-    source: str  # "command line", "environment" or "default", and why
+    source: str  # "command line", "environment", a file or "default", and why
 
 
 @attrs.frozen
@@ -48,7 +47,11 @@ class Plan:
     asked: Asked
     num_ranks: int
     host: str
+    system: System
     grace: float  # seconds
+    timeout: float | None  # seconds that the whole run may take
+    prefix: bool
+    log_dir: str | None
     exports: Mapping[str, str]  # variables that every rank gets
     shares: tuple[tuple[int, ...], ...]  # CPU numbers of each rank; empty: not bound
     settings: tuple[Setting, ...]  # as `--print` shows them
@@ -56,49 +59,59 @@ class Plan:
 
 def asked_for(given: argparse.Namespace) -> Asked:
     """The record of what `parse` read."""
+    words = {known.name: getattr(given, known.name) for known in KNOWN}
     return Asked(
-        num_ranks=given.n,
         target=given.target,
         args=tuple(given.args),
         kind=given.kind or "script",
-        log_dir=given.log_dir,
-        prefix=given.prefix,
         show=given.print,
-        grace=given.grace,
-        bind=given.bind,
+        config=given.config,
+        words={name: text for name, text in words.items() if text is not None},
     )
 
 
-def resolve(asked: Asked, environ: Mapping[str, str], machine: Machine) -> Plan:
-    """The plan for a command line. Raises SpawnError for what cannot be started."""
+def resolve(
+    asked: Asked,
+    environ: Mapping[str, str],
+    machine: Machine,
+    file: File | None = None,
+) -> Plan:
+    """The plan for a command line: each setting from the first source that has it.
+
+    The sources are the command line, the environment, the file and the default, in that
+    order. A call from a program has its arguments alone. Raises SpawnError for what
+    cannot be started.
+    """
     _check_outermost(asked, environ)
-    count = _num_ranks(asked, machine)
+    call = asked.kind == "call"
+    chosen = decide(asked.words, {} if call else environ, None if call else file)
+    count = _num_ranks(chosen["num_ranks"], machine)
     ranks = int(count.value)
     check_gpus(ranks, machine.gpus, asked.target)
     check_cores(ranks, len(machine.cpus))
     threads = _threads(environ, machine, ranks)
-    bound, cpus = _bound(asked, environ, machine, ranks, int(_first(threads.value)))
-    loopback = "lo" if machine.system == "linux" else "lo0"
+    bound, cpus = _bound(
+        chosen["bind"], environ, machine, ranks, int(_first(threads.value))
+    )
+    system = decide_system(machine.system, machine.has, environ)
     exports = (
         threads,
-        _variable(environ, "GLOO_SOCKET_IFNAME", loopback, "this machine only"),
-        _variable(environ, "NCCL_SOCKET_IFNAME", loopback, "this machine only"),
+        _variable(environ, "GLOO_SOCKET_IFNAME", system.loopback, "this machine only"),
+        _variable(environ, "NCCL_SOCKET_IFNAME", system.loopback, "this machine only"),
     )
+    said = _said(asked, chosen, file)
     return Plan(
         asked=asked,
         num_ranks=ranks,
         host=machine.host,
-        grace=GRACE if asked.grace is None else asked.grace,
+        system=system,
+        grace=chosen["grace"].value,
+        timeout=chosen["timeout"].value,
+        prefix=chosen["prefix"].value,
+        log_dir=chosen["log_dir"].value,
         exports={s.name: s.value for s in exports if s.source != "environment"},
         shares=bound,
-        settings=(
-            count,
-            *_said(asked),
-            *_meeting(environ),
-            *exports,
-            cpus,
-            _gpus(machine),
-        ),
+        settings=(count, *said, *_meeting(environ), *exports, cpus, _gpus(machine)),
     )
 
 
@@ -164,25 +177,45 @@ def _check_outermost(asked: Asked, environ: Mapping[str, str]) -> None:
         )
 
 
-def _num_ranks(asked: Asked, machine: Machine) -> Setting:
-    if asked.num_ranks != "auto":
-        return Setting("num_ranks", str(asked.num_ranks), "command line")
+def _num_ranks(count: Choice, machine: Machine) -> Setting:
+    if count.value is None:
+        raise SpawnError(
+            "the following is required: -n N, or ACCELX_NUM_RANKS=N in the "
+            "environment, or num_ranks = N in accelx.toml\n"
+            f"all options: {PROGRAM} --help"
+        )
+    if count.value != "auto":
+        return Setting("num_ranks", str(count.value), count.source)
     nodes = len({cpu.node for cpu in machine.cpus})
     what = "GPU" if machine.gpus else "NUMA node"
     value = str(machine.gpus or nodes)
-    return Setting("num_ranks", value, f"command line: auto, one per {what}")
+    return Setting("num_ranks", value, f"{count.source}: auto, one per {what}")
 
 
-def _said(asked: Asked) -> list[Setting]:
-    source = {True: "command line", False: "default"}
-    grace = GRACE if asked.grace is None else asked.grace
-    prefix = "yes" if asked.prefix else "no"
+def _said(
+    asked: Asked, chosen: Mapping[str, Choice], file: File | None
+) -> list[Setting]:
+    where = "default: accelx.toml of this folder"
     return [
-        Setting(asked.kind, " ".join([asked.target, *asked.args]), source[True]),
-        Setting("log_dir", asked.log_dir or "none", source[asked.log_dir is not None]),
-        Setting("prefix", prefix, source[asked.prefix]),
-        Setting("grace", f"{grace:g} s", source[asked.grace is not None]),
+        Setting(asked.kind, " ".join([asked.target, *asked.args]), "command line"),
+        Setting(
+            "config",
+            file.path if file else "none",
+            where if asked.config is None else "command line",
+        ),
+        *(
+            Setting(name, _shown(name, chosen[name].value), chosen[name].source)
+            for name in ("log_dir", "prefix", "grace", "timeout", "bind")
+        ),
     ]
+
+
+def _shown(name: str, value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "none"
+    return f"{value:g} s" if name in ("grace", "timeout") else str(value)
 
 
 def _meeting(environ: Mapping[str, str]) -> list[Setting]:
@@ -222,48 +255,52 @@ def _first(threads: str) -> str:
 
 
 def _bound(
-    asked: Asked,
+    bind: Choice,
     environ: Mapping[str, str],
     machine: Machine,
     ranks: int,
     threads: int,
 ) -> tuple[tuple[tuple[int, ...], ...], Setting]:
     split = shares(machine.cpus, ranks)
-    why = _why_shared(asked, environ, machine, ranks, threads)
+    why = _why_shared(bind, environ, machine, ranks, threads)
     if why is not None:
         return (), Setting("cpus", "shared", why)
-    if not split or machine.system != "linux":
+    if not split or not _binds(machine):
         raise SpawnError(
             f"--bind always wants a core for each of {ranks} ranks, got "
             f"{len(cores(machine.cpus))} cores on {machine.system}; write --bind auto"
         )
     text = ", ".join(f"{rank}: {_ranges(cpus)}" for rank, cpus in enumerate(split))
-    source = "default: auto" if asked.bind is None else f"command line: {asked.bind}"
+    source = f"{bind.source}: {bind.value}"
     return tuple(split), Setting("cpus", text, f"{source}, whole cores")
 
 
 def _why_shared(
-    asked: Asked,
+    bind: Choice,
     environ: Mapping[str, str],
     machine: Machine,
     ranks: int,
     threads: int,
 ) -> str | None:
     """Why ranks are not bound to cores; None where they are."""
-    if asked.bind == "never":
-        return "command line: never"
-    if asked.bind == "always":
+    if bind.value == "never":
+        return f"{bind.source}: never"
+    if bind.value == "always":
         return None
     each = len(cores(machine.cpus)) // ranks
     placed = [name for name in PLACED_BY if environ.get(name)]
     if placed:
         return f"environment: {placed[0]} places threads"
-    if ranks == 1 or machine.system != "linux":
+    if ranks == 1 or not _binds(machine):
         return "default: nothing to divide"
     if each < max(2, threads):
         # One core would hold a rank's loader workers and its own thread at once.
         return f"default: cores per rank: {each}; bound from {max(2, threads)}"
     return None
+
+
+def _binds(machine: Machine) -> bool:
+    return decide_system(machine.system, machine.has).binds
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:

@@ -16,7 +16,7 @@ import attrs
 from accelx.launch import call, environ, target
 from accelx.launch.failure import Failure, dumps, raised, remember
 from accelx.launch.plan import Plan, rank_variables
-from accelx.launch.tether import die_with
+from accelx.launch.tether import die_with, die_with_pipe
 from accelx.launch.watch import let_signals
 
 
@@ -28,22 +28,27 @@ class Birth:
     port: int  # of the store, on 127.0.0.1
     parent: int  # process id of the launcher
     report: int  # file descriptor: one line of JSON, if the rank fails
-    stack: int | None  # file descriptor: where a fault in native code was
+    stack: int  # file descriptor: where a fault was, or the program is
     output: tuple[int, int] | None  # file descriptors for stdout and stderr
+    tether: (
+        int | None
+    )  # file descriptor that ends with the launcher; None: the kernel acts
 
 
 def be(plan: Plan, birth: Birth, code: CodeType | None) -> int:
     """Become rank `birth.rank`, run the program, and return the exit code."""
     let_signals()
     os.setsid()  # a Ctrl-C at the terminal reaches the launcher alone
-    die_with(birth.parent, signal.SIGKILL)
+    if birth.tether is None:
+        die_with(birth.parent, signal.SIGKILL)
+    else:
+        die_with_pipe(birth.tether)
     _connect_output(birth)
     environ.write(rank_variables(plan, birth.rank, birth.port))
     if plan.shares:
         os.sched_setaffinity(0, plan.shares[birth.rank])
     _reseed()
-    if birth.stack is not None and not faulthandler.is_enabled():
-        faulthandler.enable(birth.stack, all_threads=False)
+    _write_stacks(birth.stack)
     gc.enable()
     if plan.asked.kind == "call":
         return _told(birth, lambda: call.run(plan.asked.target, birth.rank))
@@ -86,6 +91,13 @@ def _connect_output(birth: Birth) -> None:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:  # whole lines, also under PYTHONUNBUFFERED
             reconfigure(line_buffering=True, write_through=False)
+
+
+def _write_stacks(file: int) -> None:
+    """Have a fault write where the program was, and SIGQUIT where it is."""
+    faulthandler.register(signal.SIGQUIT, file, all_threads=False)
+    if not faulthandler.is_enabled():
+        faulthandler.enable(file, all_threads=False)
 
 
 def _reseed() -> None:

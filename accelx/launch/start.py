@@ -8,6 +8,8 @@ import os
 import signal
 import socket
 import sys
+import tempfile
+import time
 import traceback
 from importlib import import_module
 from pathlib import Path
@@ -15,13 +17,15 @@ from types import CodeType
 from typing import BinaryIO, NoReturn
 
 from accelx.errors import SpawnError
-from accelx.launch import call, environ, machine, target
+from accelx.launch import call, config, environ, kernel, machine, target
 from accelx.launch.ending import Ending
 from accelx.launch.failure import dumps
 from accelx.launch.output import Stream, open_logs, prefix_of, wanted
 from accelx.launch.plan import Asked, Plan, asked_for, resolve, table
 from accelx.launch.rank import Birth, be
-from accelx.launch.watch import End, Rank, Run, hold_signals, watch
+from accelx.launch.running import End, Rank, Run
+from accelx.launch.told import report
+from accelx.launch.watch import hold_signals, watch
 
 USAGE = 2  # exit code of a command line that cannot be followed, as argparse's
 
@@ -58,7 +62,8 @@ def _planned(asked: Asked) -> Plan:
     else:
         target.check(asked)
     variables = environ.read()
-    plan = resolve(asked, variables, machine.look(variables))
+    file = None if asked.kind == "call" else config.read(asked.config)
+    plan = resolve(asked, variables, machine.look(variables), file)
     target.set_path(asked)
     if asked.kind == "call":
         call.planned(asked.target, plan.num_ranks)
@@ -74,17 +79,22 @@ def _refused(asked: Asked, error: SpawnError) -> int:
 
 
 def _launch(plan: Plan, code: CodeType | None) -> int:
-    logs = open_logs(plan)
+    logs, limit = open_logs(plan), _limit(plan)
     environ.write(plan.exports)  # torch reads some of them once, when imported
     _import_torch()
     door = socket.create_server(("127.0.0.1", 0), backlog=1024)
-    run = Run(plan, [], [])
+    tether = os.pipe() if plan.system.tether == "pipe" else None
+    run = Run(plan, [], [], tether, kernel.oom_kills(), limit)
     hold_signals()
     for number, log in enumerate(logs):
         born = _fork(run, number, door, log)
         if born is not None:
             return be(plan, born, code)
     return _conclude(plan, _serve(run, door))
+
+
+def _limit(plan: Plan) -> float | None:
+    return None if plan.timeout is None else time.monotonic() + plan.timeout
 
 
 def _import_torch() -> None:
@@ -98,7 +108,7 @@ def _fork(
     run: Run, number: int, door: socket.socket, log: BinaryIO | None
 ) -> Birth | None:
     """Start one rank: its Birth in the new process, None in the launcher."""
-    parent, stack = os.getpid(), _anonymous_file()
+    parent, stack = os.getpid(), _anonymous_file(run.plan)
     report, reports = os.pipe()
     output = (os.pipe(), os.pipe()) if wanted(run.plan) else None
     sys.stdout.flush()
@@ -113,17 +123,26 @@ def _fork(
         if output is not None:
             _take(run, number, output, log)
         return None
+    ends = None if output is None else (output[0][1], output[1][1])
+    for read, _ in output or ():
+        os.close(read)
+    os.close(report)
     port = door.getsockname()[1]
     door.close()
+    return Birth(number, port, parent, reports, stack, ends, _let_go(run))
+
+
+def _let_go(run: Run) -> int | None:
+    """In a rank: close what is the launcher's. Its end of the tether stays open."""
     for item in run.ranks:
         os.close(item.report)
     for item in run.streams:
         os.close(item.source)
-    os.close(report)
-    ends = None if output is None else (output[0][1], output[1][1])
-    for read, _ in output or ():
-        os.close(read)
-    return Birth(number, port, parent, reports, stack, ends)
+    if run.tether is None:
+        return None
+    read, write = run.tether
+    os.close(write)
+    return read
 
 
 def _take(
@@ -163,6 +182,7 @@ def _serve(run: Run, door: socket.socket) -> End:
         is_master=True,
         wait_for_workers=False,
         master_listen_fd=door.detach(),
+        use_libuv=run.plan.system.libuv,
     )
     end = watch(run)
     del store
@@ -170,14 +190,26 @@ def _serve(run: Run, door: socket.socket) -> End:
 
 
 def _conclude(plan: Plan, end: End) -> int:
-    folder = plan.asked.target if plan.asked.kind == "call" else plan.asked.log_dir
-    if folder is not None and end.failure is not None:
-        (Path(folder) / "failure.json").write_bytes(dumps(end.failure))
-    if end.text and plan.asked.kind != "call":
+    if plan.asked.kind == "call":
+        if end.failure is not None:
+            (Path(plan.asked.target) / "failure.json").write_bytes(dumps(end.failure))
+        return end.code
+    text = end.text
+    if end.failure is not None and plan.log_dir is not None:
+        path = Path(plan.log_dir) / "failure.json"
+        try:
+            path.write_text(report(end.failure))
+        except OSError as error:  # a full disk may be what the run failed of
+            text = f"accelx.spawn: no {path}: {error.strerror}\n{text}"
+    if text:
         sys.stdout.flush()
-        sys.stderr.write(f"{end.text}\n")
+        sys.stderr.write(f"{text}\n")
     return end.code
 
 
-def _anonymous_file() -> int | None:
-    return os.memfd_create("stack") if hasattr(os, "memfd_create") else None
+def _anonymous_file(plan: Plan) -> int:
+    """A file without a name, for a rank's stacks."""
+    if plan.system.stacks == "memory":
+        return os.memfd_create("stack")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())

@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -17,3 +18,16 @@ def die_with(parent: int, number: signal.Signals) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
     if os.getppid() != parent:  # it ended before the call
         os.kill(os.getpid(), number)
+
+
+def die_with_pipe(read: int) -> None:
+    """Where the kernel sends none: a thread ends this process when the pipe does.
+
+    The other end of the pipe is the launcher's alone, and closed by its end.
+    """
+
+    def wait() -> None:
+        os.read(read, 1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, name="accelx-tether", daemon=True).start()

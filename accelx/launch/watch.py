@@ -10,60 +10,19 @@ import sys
 import time
 from collections.abc import Generator
 
-import attrs
-
-from accelx.launch.failure import Failure, died, first, loads, told
-from accelx.launch.output import Stream, finish, pump, write_log
-from accelx.launch.plan import Plan
+from accelx.launch import kernel
+from accelx.launch.failure import Failure, died, late, loads
+from accelx.launch.output import finish, pump, write_log
+from accelx.launch.reading import Seen, read, wants_count
+from accelx.launch.running import End, Rank, Run
+from accelx.launch.verdict import verdict
 
 SETTLE = 2.0  # seconds that the others have to end by themselves after a failure
+STACKS = 0.5  # seconds that late ranks have to write where they are
 REPEAT = 1.0  # a signal that comes again within this many seconds is the same one
 STOPPING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 PASSED_ON = {signal.SIGUSR1, signal.SIGUSR2}  # the rank decides what they mean
 WATCHED = STOPPING | PASSED_ON | {signal.SIGCHLD}
-
-
-@attrs.define(eq=False)
-class Rank:
-    """A process that was started, and what is known of it."""
-
-    number: int
-    pid: int
-    report: int  # file descriptor to read
-    stack: int | None
-    heard: bytes = b""
-    code: int | None = None  # None while it runs
-    failure: Failure | None = None
-    stopped: bool = False  # the launcher told it to end
-
-
-@attrs.define(eq=False)
-class Run:
-    """The whole run as it stands."""
-
-    plan: Plan
-    ranks: list[Rank]
-    streams: list[Stream]
-    asked: signal.Signals | None = None  # the user's wish to stop
-    asked_at: float = 0.0
-    stage: str = "running"  # settling, ending, killing
-    deadline: float | None = None
-    stopped_at: float = float("inf")  # what fails later fails because it was stopped
-    unkind: list[int] = attrs.field(factory=list)  # ranks that had to be killed
-
-    @property
-    def alive(self) -> list[Rank]:
-        """The ranks that have not ended."""
-        return [rank for rank in self.ranks if rank.code is None]
-
-
-@attrs.frozen
-class End:
-    """How the run ended."""
-
-    code: int
-    failure: Failure | None = None
-    text: str = ""  # what the screen shows last
 
 
 def watch(run: Run) -> End:
@@ -75,14 +34,13 @@ def watch(run: Run) -> End:
             os.set_blocking(source, False)
             selector.register(source, selectors.EVENT_READ, item)
         while run.alive:
-            wait = None if run.deadline is None else run.deadline - time.monotonic()
-            for key, _ in selector.select(wait):
+            for key, _ in selector.select(_wait(run)):
                 _heard(run, key, selector)
             _reap(run)
             _advance(run)
         for stream in run.streams:
             finish(stream)
-    return _end(run)
+    return verdict(run)
 
 
 def hold_signals() -> None:
@@ -112,6 +70,13 @@ def _signals() -> Generator[int]:
         signal.set_wakeup_fd(-1)
         os.close(read)
         os.close(write)
+
+
+def _wait(run: Run) -> float | None:
+    """Seconds until something is to be done; None where only ranks will tell."""
+    limit = run.limit if run.stage == "running" else None
+    times = [at for at in (run.deadline, limit) if at is not None]
+    return max(0.0, min(times) - time.monotonic()) if times else None
 
 
 def _heard(
@@ -155,16 +120,27 @@ def _listen(rank: Rank) -> bool:
 
 def _reap(run: Run) -> None:
     for rank in run.alive:
-        left = os.waitid(os.P_PID, rank.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if left is None:
-            continue
-        while rank.failure is None and b"\n" not in rank.heard and _more(rank):
-            pass
-        if left.si_code != os.CLD_EXITED or left.si_status or rank.stopped:
+        if run.plan.system.peeks:
+            left = os.waitid(os.P_PID, rank.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if left is None:
+                continue
             # Before its number is given free: whom it started must not outlive it.
-            _send_group(rank, signal.SIGKILL)
-        _, status = os.waitpid(rank.pid, 0)
-        _ended(run, rank, os.waitstatus_to_exitcode(status))
+            _sweep(rank, left.si_code == os.CLD_EXITED and not left.si_status)
+        pid, status, usage = os.wait4(rank.pid, os.WNOHANG)
+        if not pid:
+            continue
+        if not run.plan.system.peeks:
+            _sweep(rank, status == 0)
+        peak = usage.ru_maxrss * run.plan.system.rss_unit
+        _ended(run, rank, os.waitstatus_to_exitcode(status), peak)
+
+
+def _sweep(rank: Rank, well: bool) -> None:
+    """Hear what the rank has still said, and end what it started if it ended badly."""
+    while rank.failure is None and b"\n" not in rank.heard and _more(rank):
+        pass
+    if not well or rank.stopped:
+        _send_group(rank, signal.SIGKILL)
 
 
 def _more(rank: Rank) -> bool:
@@ -172,18 +148,32 @@ def _more(rank: Rank) -> bool:
     return _listen(rank) and len(rank.heard) > before
 
 
-def _ended(run: Run, rank: Rank, status: int) -> None:
+def _ended(run: Run, rank: Rank, status: int, peak: int) -> None:
     silent = died(rank.number, status, _stack(rank))
     by_request = rank.stopped and silent is not None and silent.kind == "signal"
     rank.code = silent.code if silent else 0
     if rank.failure is None and not by_request:
         rank.failure = silent
+    if rank.failure is not None:
+        seen = Seen(run.plan.host, rank.pid, peak, _oom(run, rank.failure))
+        rank.failure = read(rank.failure, seen)
     stream = next((s for s in run.streams if s.rank == rank.number), None)
     if stream is not None and rank.failure is not None:
-        words = rank.failure.text or rank.failure.summary
+        words = rank.failure.text or rank.failure.headline
         write_log(stream, f"{words}\n".encode())
     if rank.failure is not None and run.asked is not None and not _grave(rank.failure):
         rank.failure = None  # ended as it was asked to
+
+
+def _oom(run: Run, failure: Failure) -> bool | None:
+    """Whether the kernel has ended a process for want of memory: each counts once."""
+    if not wants_count(failure) or run.oom_kills is None:
+        return None
+    kills = kernel.oom_kills()
+    if kills is None or kills <= run.oom_kills:
+        return None if kills is None else False
+    run.oom_kills += 1
+    return True
 
 
 def _grave(failure: Failure) -> bool:
@@ -192,20 +182,29 @@ def _grave(failure: Failure) -> bool:
 
 
 def _stack(rank: Rank) -> str:
-    if rank.stack is None:
-        return ""
-    with os.fdopen(os.dup(rank.stack), "rb") as file:
+    with os.fdopen(os.dup(rank.stack), "r+b") as file:  # the offset is the rank's too
         file.seek(0)
-        return file.read().decode(errors="replace").rstrip()
+        text = file.read().decode(errors="replace").rstrip()
+        file.seek(0)
+        file.truncate()
+        return text
 
 
 def _advance(run: Run) -> None:
     now = time.monotonic()
     if run.stage == "running" and any(rank.failure for rank in run.ranks):
         run.stage, run.deadline = "settling", now + SETTLE
+    if run.stage == "running" and run.limit is not None and now >= run.limit:
+        run.stage, run.deadline = "asking", now + STACKS
+        for rank in run.alive:
+            _stack(rank)  # what it wrote before is not about now
+        _send(run.alive, signal.SIGQUIT)
     if run.deadline is None or now < run.deadline:
         return
-    if run.stage == "settling":
+    if run.stage == "asking":
+        for rank in run.alive:
+            rank.failure = late(rank.number, run.plan.timeout or 0.0, _stack(rank))
+    if run.stage in ("settling", "asking"):
         run.stage, run.deadline = "ending", now + run.plan.grace
         _stop(run, signal.SIGTERM)
     else:
@@ -231,35 +230,6 @@ def _send(ranks: list[Rank], number: signal.Signals) -> None:
 def _send_group(rank: Rank, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(rank.pid, number)
-
-
-def _end(run: Run) -> End:
-    failures = [rank.failure for rank in run.ranks if rank.failure is not None]
-    notes = [f"{_names(run.unkind)} did not end in time and had to be killed"]
-    notes *= bool(run.unkind)
-    if failures:
-        before = [failure for failure in failures if failure.time <= run.stopped_at]
-        root = first(before or failures)
-        others = sum(bool(r.code) for r in run.ranks if r.number != root.rank)
-        text = told(root, run.plan.host, others)
-        notes += _early(run, root)
-        return End(root.code, root, "\n".join([text, *notes]))
-    codes = [rank.code for rank in run.ranks if rank.code]
-    if run.asked is None or not codes:
-        return End(0, None, "\n".join(notes))
-    own = [code for code in codes if code < 128]  # a rank's own choice, by sys.exit
-    return End(own[0] if own else 128 + run.asked, None, "\n".join(notes))
-
-
-def _early(run: Run, root: Failure) -> list[str]:
-    done = [rank.number for rank in run.ranks if rank.code == 0]
-    if not root.follows or not done:
-        return []
-    return [f"{_names(done)} had ended before, with exit code 0"]
-
-
-def _names(numbers: list[int]) -> str:
-    return f"rank{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
 def _announce(run: Run, number: signal.Signals) -> None:

@@ -6,7 +6,7 @@ import pytest
 from accelx.errors import SpawnError
 from accelx.launch.failure import Failure, first, raised
 from accelx.launch.machine import Cpu, Machine, shares, usable_gpus
-from accelx.launch.options import check_system, parse
+from accelx.launch.options import parse
 from accelx.launch.plan import (
     asked_for,
     check_cores,
@@ -14,6 +14,7 @@ from accelx.launch.plan import (
     rank_variables,
     resolve,
 )
+from accelx.launch.system import LINUX, check_system
 
 # Two NUMA nodes of four cores; CPU n + 8 is the second hardware thread of core n.
 BIG = tuple(Cpu(n % 8 // 4, n % 8 // 4, n % 8, n) for n in range(16))
@@ -174,9 +175,9 @@ def test_a_rank_inside_a_rank_is_refused():
 
 def test_windows_is_told_that_one_process_needs_no_launcher():
     """The platform is an argument, so that the message is tested everywhere."""
-    check_system("linux", "train.py")
+    check_system("linux", LINUX, "train.py")
     with pytest.raises(SpawnError, match=r"fork.*Windows.*python train\.py"):
-        check_system("win32", "train.py")
+        check_system("win32", (), "train.py")
 
 
 def test_ranks_meet_on_this_machine_through_the_launchers_store():

@@ -58,6 +58,8 @@ def test_help_is_answered_before_the_launcher_is_imported():
             ["-n", "2", "--log-dir", "meet.py", "meet.py"],
             ["'meet.py'", "--log-dir logs"],
         ),
+        (["-n", "2", "--grce", "5", "meet.py"], ["--grce", "did you mean --grace?"]),
+        (["-n", "2", "--config", "no.toml", "meet.py"], ["got 'no.toml'", "No such"]),
     ],
 )
 def test_bad_input_is_told_what_to_write(words, said):
@@ -83,6 +85,23 @@ def test_print_shows_every_setting_and_starts_nothing(tmp_path):
         *rows
     }
     assert not logs.exists()
+
+
+def test_print_names_the_file_and_the_variable_of_a_setting(tmp_path):
+    """What stands in a folder's accelx.toml needs no word on the command line."""
+    script = tmp_path / "train.py"
+    script.write_text("raise SystemExit('started')")
+    config = tmp_path / "accelx.toml"
+    config.write_text("num_ranks = 3\ngrace = 9\ntimeout = 60\n")
+    done = launch(*("--grace", 5, "--config", config, "--print"), script)
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line}
+    assert rows["num_ranks"] == ["num_ranks", "3", str(config)]
+    assert rows["grace"] == ["grace", "5", "s", "command", "line"]
+    assert rows["timeout"] == ["timeout", "60", "s", str(config)]
+    assert rows["config"] == ["config", str(config), "command", "line"]
+    started = launch("--config", config, script, ACCELX_NUM_RANKS="1")
+    assert "sys.exit('started')" in started.stderr  # the control: without --print
 
 
 def test_a_syntax_error_is_shown_once(tmp_path):

@@ -1,0 +1,57 @@
+"""A run as it stands: its ranks, what is known of them, and what comes next."""
+
+from __future__ import annotations
+
+import signal
+
+import attrs
+
+from accelx.launch.failure import Failure
+from accelx.launch.output import Stream
+from accelx.launch.plan import Plan
+
+
+@attrs.define(eq=False)
+class Rank:
+    """A process that was started, and what is known of it."""
+
+    number: int
+    pid: int
+    report: int  # file descriptor to read
+    stack: int  # file descriptor: where a fault was, or the program is
+    heard: bytes = b""
+    code: int | None = None  # None while it runs
+    failure: Failure | None = None
+    stopped: bool = False  # the launcher told it to end
+
+
+@attrs.define(eq=False)
+class Run:
+    """The whole run as it stands."""
+
+    plan: Plan
+    ranks: list[Rank]
+    streams: list[Stream]
+    tether: tuple[int, int] | None = None  # a pipe; only the launcher can write to it
+    oom_kills: int | None = None  # by the kernel in this control group, those explained
+    limit: float | None = None  # when the run has taken too long
+    asked: signal.Signals | None = None  # the user's wish to stop
+    asked_at: float = 0.0
+    stage: str = "running"  # settling, asking, ending, killing
+    deadline: float | None = None
+    stopped_at: float = float("inf")  # what fails later fails because it was stopped
+    unkind: list[int] = attrs.field(factory=list[int])  # ranks that had to be killed
+
+    @property
+    def alive(self) -> list[Rank]:
+        """The ranks that have not ended."""
+        return [rank for rank in self.ranks if rank.code is None]
+
+
+@attrs.frozen
+class End:
+    """How the run ended."""
+
+    code: int
+    failure: Failure | None = None
+    text: str = ""  # what the screen shows last

@@ -1,0 +1,269 @@
+"""Every way for a rank to fail, planted: what the screen says, and what is written."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import attrs
+import pytest
+
+from tests.door.spawning import SCRIPTS, begun, environment, launch
+
+pytestmark = pytest.mark.door
+HOST = socket.gethostname()
+
+# Runs many launchers side by side, torch imported once for all of them; each writes to
+# out.txt and err.txt of its folder. `step` is by how much the kernel's count of what it
+# ended for want of memory rises at each asking.
+MANY = """
+import itertools, json, os, signal, sys, traceback
+import torch.distributed
+from accelx.launch import door, kernel
+from accelx.launch.tether import die_with
+
+def launch(folder, words, step):
+    for number, name in ((1, "out.txt"), (2, "err.txt")):
+        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), number)
+    counts = itertools.count(3, step)
+    kernel.oom_kills = lambda: next(counts)
+    return door.main(words)
+
+parent, pids = os.getpid(), {}
+for folder, words, step in json.load(sys.stdin):
+    pids[folder] = os.fork()
+    if not pids[folder]:
+        code = 99
+        try:
+            if os.getppid() == parent:
+                die_with(parent, signal.SIGTERM)
+            code = launch(folder, words, step)
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+codes = {f: os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) for f, p in pids.items()}
+print(json.dumps(codes))
+"""
+HEAD = "import os, sys, time\nrank = int(os.environ['RANK'])\n"  # lines 1 and 2
+TAIL = "if rank == 1: work()\ntime.sleep(60)\n"  # from line 5
+LOADER = """    import torch
+    class Data(torch.utils.data.Dataset):
+        def __len__(self): return 4
+        def __getitem__(self, i):
+            time.sleep(1)
+            os.kill(os.getpid(), 9)
+    list(torch.utils.data.DataLoader(Data(), num_workers=1))
+"""
+
+
+@attrs.frozen
+class Case:
+    """A failure to plant, and what is to be said of it."""
+
+    work: str  # what rank 1 does, from line 4 on
+    code: int
+    said: str  # a regular expression for what follows "failed: "
+    fields: dict  # of failure.json
+    words: tuple = ()
+    ranks: int = 2
+    step: int = 0
+    line: int | None = 4  # None: it cannot be known
+
+
+KILL = "    os.kill(os.getpid(), 9)\n"
+WORKER = r"RuntimeError: DataLoader worker .*\(.*"
+CASES = {
+    "raise": Case(
+        "    x = {}['key']\n",
+        1,
+        "KeyError: 'key'",
+        {"kind": "exception", "exception": "KeyError", "message": "'key'"},
+    ),
+    "sys.exit": Case(
+        "    sys.exit(9)\n",
+        9,
+        r"sys\.exit\(9\)",
+        {"kind": "exit", "exception": "SystemExit", "traceback": None},
+    ),
+    "os._exit": Case(
+        "    os._exit(3)\n",
+        3,
+        r"os\._exit\(3\), or native code's exit, without an exception",
+        {"kind": "exit", "exception": None, "signal": None},
+        line=None,
+    ),
+    "segfault": Case(
+        "    __import__('ctypes').string_at(0)\n",
+        139,
+        r"killed by SIGSEGV \(a fault in native code\)",
+        {"kind": "signal", "signal": "SIGSEGV", "reading": "a fault in native code"},
+    ),
+    "abort": Case(
+        "    os.abort()\n",
+        134,
+        r"killed by SIGABRT \(native code gave up, such as a failed assertion",
+        {"kind": "signal", "signal": "SIGABRT", "exception": None},
+    ),
+    "no memory": Case(
+        "    bytearray(1 << 60)\n",
+        1,
+        r"MemoryError \(no more memory was given, here or by ulimit -v; give it more",
+        {"kind": "exception", "exception": "MemoryError", "message": None},
+    ),
+    "memory killer": Case(
+        KILL,
+        137,
+        r"killed by the kernel: out of memory; peak \d\.\d GiB \(give it more memory",
+        {"kind": "signal", "signal": "SIGKILL"},
+        step=1,
+        line=None,
+    ),
+    "kill -9": Case(
+        KILL,
+        137,
+        r"killed by SIGKILL \(kill -9: the kernel ended nothing for want of memory; p",
+        {"kind": "signal", "signal": "SIGKILL"},
+        line=None,
+    ),
+    "worker and memory": Case(
+        LOADER,
+        1,
+        WORKER + "was killed by the kernel: out of memory",
+        {"exception": "RuntimeError"},
+        step=1,
+        line=10,
+    ),
+    "worker": Case(
+        LOADER,
+        1,
+        WORKER + " out of memory,.* kill -9",
+        {"exception": "RuntimeError"},
+        line=10,
+    ),
+    "late": Case(
+        "    time.sleep(60)\n",
+        124,
+        r"did not finish within 8 s",
+        {"kind": "timeout", "exception": None},
+        words=("--timeout", "8"),
+        ranks=3,
+    ),
+    "in time": Case("    sys.exit(0)\n", 0, "", {}, words=("--timeout", "60")),
+}
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """Every case, run at once: its folder, and its launcher's exit code."""
+    folders = {name: tmp_path_factory.mktemp("case") for name in CASES}
+    jobs = []
+    for name, case in CASES.items():
+        tail = TAIL if case.code else "work()\n"
+        script = folders[name] / "job.py"
+        script.write_text(f"{HEAD}def work():\n{case.work}{tail}")
+        words = ["-n", case.ranks, "--logs", folders[name] / "logs", *case.words]
+        jobs.append([str(folders[name]), [*map(str, words), str(script)], case.step])
+    done = subprocess.run(
+        [sys.executable, "-c", MANY],
+        env=environment(),
+        input=json.dumps(jobs),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    codes = json.loads(done.stdout)
+    return {name: (folder, codes[str(folder)]) for name, folder in folders.items()}
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.code])
+def test_a_failure_is_said_and_kept(planted, name):
+    """Rank, host, reading and line on the screen, once; all of it in failure.json."""
+    case, (folder, code) = CASES[name], planted[name]
+    said = (folder / "err.txt").read_text()
+    kept = json.loads((folder / "logs" / "failure.json").read_text())
+    assert code == kept["code"] == case.code
+    assert re.search(rf"^rank 1 on {HOST} failed: {case.said}", said, re.M), said
+    assert said.count("failed:") == 1
+    assert {field: kept[field] for field in case.fields} == case.fields
+    assert (kept["rank"], kept["host"]) == (1, HOST)
+    assert kept["peak_bytes"] > 50 << 20  # torch alone is more
+    assert kept["pid"] > 1
+    place = f"{folder / 'job.py'}:{case.line}, in work"
+    assert (kept["line"] or "").startswith(place if case.line else "")
+    shown = f'job.py", line {case.line}' in said or f"at {kept['line']}" in said
+    assert shown == (case.line is not None), said
+
+
+def test_the_last_line_says_what_became_of_the_others(planted):
+    """They stopped because of it; or where each stands, if no rank is the cause."""
+    last = {
+        n: (f / "err.txt").read_text().splitlines()[-1:]
+        for n, (f, _) in planted.items()
+    }
+    folder, code = planted["in time"]
+    assert (last.pop("in time"), code) == ([], 0)  # the control: nothing to be said
+    assert not (folder / "logs" / "failure.json").exists()
+    place = f"{planted['late'][0] / 'job.py'}:6, in <module>"
+    assert last.pop("late") == [f"ranks 0, 2 did not either, at {place}"]
+    assert set(map(tuple, last.values())) == {("1 rank stopped because of it",)}
+
+
+def test_without_logs_nothing_is_written(tmp_path):
+    """Neither in this folder nor in the temporary one, also when a rank fails."""
+    (tmp_path / "tmp").mkdir()
+    before = {path for path in SCRIPTS.rglob("*") if "__pycache__" not in path.parts}
+    done = launch("-n", 2, "ends.py", "raise", 1, TMPDIR=str(tmp_path / "tmp"))
+    assert done.returncode == 1
+    after = {path for path in SCRIPTS.rglob("*") if "__pycache__" not in path.parts}
+    assert after == before
+    assert [path.name for path in (tmp_path / "tmp").iterdir()] == []
+
+
+def test_logs_of_an_earlier_failure_do_not_stay(tmp_path):
+    """A run that ends well leaves no failure.json behind from the one before."""
+    script = tmp_path / "job.py"
+    script.write_text("import os\nprint(os.environ['RANK'])\n")
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    (logs / "failure.json").write_text("{}")
+    (logs / "rank-1.log").write_text("of the run before")
+    done = launch("-n", 2, "--logs", logs, script)
+    assert (done.returncode, done.stderr) == (0, "")
+    left = sorted(path.name for path in logs.iterdir())
+    assert left == ["rank-0.log", "rank-1.log"]
+    assert (logs / "rank-1.log").read_text() == "1\n"
+
+
+def test_logs_that_cannot_be_written_do_not_hide_the_failure(tmp_path):
+    """The folder has gone meanwhile: that is said too, before the rank's own words."""
+    script = tmp_path / "job.py"
+    script.write_text("import shutil, sys\nshutil.rmtree(sys.argv[1])\n1 / 0\n")
+    logs = tmp_path / "logs"
+    done = launch("-n", 1, "--logs", logs, script, logs)
+    assert done.returncode == 1
+    lines = [
+        s for s in done.stderr.splitlines() if "failed:" in s or "failure.json" in s
+    ]
+    assert re.fullmatch(r"accelx\.spawn: no .*failure\.json: No such file.*", lines[0])
+    assert lines[1].endswith("failed: ZeroDivisionError: division by zero")
+    assert not logs.exists()
+
+
+def test_a_rank_killed_from_outside_is_reported_at_once(tmp_path):
+    """kill -9 of one rank's number: that rank is named, and its log says so too."""
+    words = ("-n", 2, "--logs", tmp_path, "signals.py", "default")
+    with begun(*words, lines=2) as (process, lines):
+        os.kill(int(lines[0].split()[1]), signal.SIGKILL)
+        _, errors = process.communicate(timeout=30)
+    kept = json.loads((tmp_path / "failure.json").read_text())
+    assert process.returncode == 137
+    assert kept["pid"] == int(lines[0].split()[1])
+    assert errors.startswith(f"rank {kept['rank']} on {HOST} failed: killed by SIGKILL")
+    log = (tmp_path / f"rank-{kept['rank']}.log").read_text()
+    assert kept["summary"] in log
