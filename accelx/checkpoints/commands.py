@@ -12,8 +12,8 @@ import attrs
 
 from accelx.checkpoints import screen, tables
 from accelx.checkpoints.listing import Reading
-from accelx.checkpoints.options import WrongUseError
 from accelx.checkpoints.tables import Table
+from accelx.doors import WrongUseError
 
 
 @attrs.frozen

@@ -5,24 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 
-from accelx.errors import CheckpointError
+from accelx.doors import Parser, WrongUseError
 
 TYPE_CHECKING = False  # importing `typing` would cost `--help` 10 ms
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Any, NoReturn
+    from typing import Any
 
 PROGRAM = "python -m accelx.checkpoint"
 URL = "a path, or a URL such as s3://bucket/run"
-
-
-class WrongUseError(CheckpointError):
-    """The words of a command do not mean anything that can be done."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise WrongUseError(f"{message}\nall options: {self.prog} --help")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -74,7 +65,7 @@ def text(text: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=PROGRAM,
         description="List, show, compare, check, export and remove checkpoints.",
         epilog=f"URL is {URL}: the one that save_state was given, which means the "

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
-from accelx.doctors.options import WrongUseError, parse
-from accelx.errors import AccelxError
+from accelx.doctors.options import parse
+from accelx.doors import WrongUseError, ended
 
 TYPE_CHECKING = False  # importing `typing` would cost `--help` 10 ms
 if TYPE_CHECKING:
@@ -16,22 +15,11 @@ if TYPE_CHECKING:
 
     Found = tuple[dict[str, Any], list[str], int]
 
-FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 1 something failed, 2 wrong use."""
-    try:
-        return _run(parse(sys.argv[1:] if argv is None else argv))
-    except WrongUseError as error:
-        return _fail(error, WRONG_USE)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:  # a reader that has gone (`| head`) is no error of ours
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (AccelxError, OSError) as error:
-        return _fail(error, FAILED)
+    words = sys.argv[1:] if argv is None else argv
+    return ended("accelx.doctor", lambda: _run(parse(words)))
 
 
 def _run(given: argparse.Namespace) -> int:
@@ -81,12 +69,3 @@ def _store(given: argparse.Namespace) -> Found:
         raise WrongUseError(str(error)) from error
     data = store.tried(given.url, given.size * 2**20)
     return data, store.lines(data), int(not data["sound"])
-
-
-def _fail(error: Exception, code: int) -> int:
-    from accelx.checkpoints.tables import plain
-    from accelx.storage_at import scrubbed
-
-    lines = scrubbed(f"accelx.doctor: {error}").splitlines()
-    sys.stderr.write("".join(f"{plain(line)}\n" for line in lines))
-    return code

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from accelx.errors import AccelxError
+from accelx.doors import Parser
 
 TYPE_CHECKING = False  # importing `typing` would cost `--help` 10 ms
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Any, NoReturn
+    from typing import Any
 
 PROGRAM = "python -m accelx.doctor"
-
-
-class WrongUseError(AccelxError, ValueError):
-    """The words of a command do not mean anything that can be done."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise WrongUseError(f"{message}\nall options: {self.prog} --help")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -38,7 +29,7 @@ def whole_number(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=PROGRAM,
         description="Report on this machine, or try its network or a store.",
         epilog="Without a command: a report to paste, without secrets. Exit code: 0, "

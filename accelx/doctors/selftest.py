@@ -5,40 +5,30 @@ from __future__ import annotations
 import argparse
 import sys
 
-from accelx.doctors.options import WrongUseError, whole_number
-from accelx.errors import AccelxError
+from accelx.doctors.options import whole_number
+from accelx.doors import FAILED, Parser, ended
 
 TYPE_CHECKING = False  # importing `typing` would cost `--help` 10 ms
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from typing import Any, NoReturn
+    from typing import Any
 
     Rows = list[dict[str, Any]]
 
 PROGRAM = "python -m accelx.test"
 TIMEOUT = 50.0  # seconds: the answer comes in less than a minute
-FAILED, WRONG_USE = 1, 2
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise WrongUseError(f"{message}\nall options: {PROGRAM} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the checks and print a table. Returns 0, 1 where one failed, 2 wrong use."""
-    try:
-        given = _parser().parse_args(sys.argv[1:] if argv is None else list(argv))
-    except WrongUseError as error:
-        sys.stderr.write(f"accelx.test: {error}\n")
-        return WRONG_USE
-    try:
-        data = tested(given.n, given.device, given.timeout)
-    except AccelxError as error:
-        sys.stderr.write(f"accelx.test: {error}\n")
-        return FAILED
+    words = sys.argv[1:] if argv is None else list(argv)
+    return ended("accelx.test", lambda: _run(_parser().parse_args(words)))
+
+
+def _run(given: argparse.Namespace) -> int:
     import json
 
+    data = tested(given.n, given.device, given.timeout)
     shown = json.dumps(data, indent=2) if given.json else "\n".join(lines(data))
     sys.stdout.write(f"{shown}\n")
     return 0 if data["sound"] else FAILED
@@ -147,7 +137,7 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=PROGRAM,
         description="Try this installation on several ranks: collectives, placing, "
         "data, checkpoints. Exit code: 0 all is well, 1 not, 2 wrong use.",

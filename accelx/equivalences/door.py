@@ -5,54 +5,36 @@ from __future__ import annotations
 import argparse
 import sys
 
-from accelx.errors import AccelxError
+from accelx.doors import FAILED, Parser, WrongUseError, ended
 
 TYPE_CHECKING = False  # importing `typing` would cost `--help` 10 ms
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Any, NoReturn
+    from typing import Any
 
 PROGRAM = "python -m accelx.equivalence"
 NAME = "accelx_equivalence"  # `__name__` in the file: not "__main__", so none trains
-PARTS, WRONG_USE = 1, 2
-
-
-class WrongUseError(AccelxError, ValueError):
-    """The words of the command do not mean anything that can be done."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise WrongUseError(f"{message}\nall options: {PROGRAM} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare and print. Returns 0 equal, 1 not equal or failed, 2 wrong use."""
-    try:
-        given = _parser().parse_args(sys.argv[1:] if argv is None else list(argv))
-        build = _build(given.file)
-    except WrongUseError as error:
-        sys.stderr.write(f"accelx.equivalence: {error}\n")
-        return WRONG_USE
-    return _run(given, build)
+    words = sys.argv[1:] if argv is None else list(argv)
+    return ended("accelx.equivalence", lambda: _run(_parser().parse_args(words)))
 
 
-def _run(given: argparse.Namespace, build: Any) -> int:
+def _run(given: argparse.Namespace) -> int:
     import json
 
+    build = _build(given.file)
     from accelx.equivalences.check import check_equivalence
 
     named = {k: v for k, v in vars(given).items() if k not in ("file", "json")}
     try:
         report = check_equivalence(build, **named)
     except (ValueError, TypeError) as error:
-        sys.stderr.write(f"accelx.equivalence: {error}\n")
-        return WRONG_USE
-    except AccelxError as error:
-        sys.stderr.write(f"accelx.equivalence: {error}\n")
-        return PARTS
+        raise WrongUseError(str(error)) from error
     sys.stdout.write(f"{json.dumps(report.data, indent=2) if given.json else report}\n")
-    return 0 if report.equal else PARTS
+    return 0 if report.equal else FAILED
 
 
 def _build(file: str) -> Any:
@@ -96,7 +78,7 @@ def _dtype(text: str) -> str | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=PROGRAM,
         description="Train by the function build of a file in several layouts and say "
         "where they part from one process with one batch.",

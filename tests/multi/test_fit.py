@@ -1,10 +1,6 @@
 """Ranks agree on a microbatch, also where one of them has less memory."""
 
-import ctypes
-import re
-import resource
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +12,7 @@ import accelx as ax
 from accelx.fit import fit_batch
 from accelx.rows import mark
 from accelx.testing import run
+from tests.limits import limit
 
 pytestmark = pytest.mark.multi
 MB = 2**20
@@ -55,13 +52,6 @@ def adam(model):
     return torch.optim.AdamW(model.parameters(), 0.01)
 
 
-def limit(bytes_more):
-    """Let this process have so much more memory than it has, and no more."""
-    text = Path("/proc/self/status").read_text()
-    used = int(re.search(r"VmData:\s+(\d+) kB", text)[1]) * 1024
-    resource.setrlimit(resource.RLIMIT_DATA, (used + bytes_more, -1))
-
-
 def batch(env):
     x = torch.linspace(-1, 1, ROWS * env.world).view(-1, 1)
     part = x[env.rank * ROWS :][:ROWS].clone()
@@ -81,7 +71,6 @@ def weights(state):
 
 def unequal(env, kind, low):
     """Rank 1 gets little; what it finds alone, what all find, and a step with it."""
-    ctypes.CDLL(None).mallopt(-3, MB // 8)  # M_MMAP_THRESHOLD: no heap in pieces counts
     tx, state = started(env, kind)
     state, _ = ax.step(tx, loss)(state, batch(env)[:1].clone())  # imports and pools
     _, whole = ax.step(tx, loss)(ax.fork(state), batch(env))

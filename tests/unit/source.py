@@ -13,7 +13,7 @@ FLOORS = {
     2: "engines saves",
     3: "passes",
     4: "run gradients optimizers fit report",
-    5: "spawn launch testing doctor doctors checkpoint checkpoints equivalence"
+    5: "spawn launch testing doors doctor doctors checkpoint checkpoints equivalence"
     " equivalences test pytest memory",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}

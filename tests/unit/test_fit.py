@@ -1,11 +1,7 @@
 """The largest microbatch is found by trying, and a trial leaves nothing behind."""
 
-import ctypes
 import random
-import re
-import resource
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +16,7 @@ from accelx.fit_memory import is_full, let_go, meter
 from accelx.passes.accumulate import accumulate
 from accelx.rows import Rows, mark, rows_of, stamp
 from accelx.testing import run
+from tests.limits import limit
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 ALONE = ax.Env()
@@ -47,13 +44,10 @@ def adam(model):
     return torch.optim.AdamW(model.parameters(), 0.01)
 
 
-def limit(bytes_more):
+def limited(more):
     """Let this process have so much more memory than it has, and no more."""
     ax.step(ax.identity, wide_loss)(wide_state(), torch.ones(1, 1))  # imports and pools
-    ctypes.CDLL(None).mallopt(-3, MB)  # M_MMAP_THRESHOLD: no heap in pieces counts
-    text = Path("/proc/self/status").read_text()
-    used = int(re.search(r"VmData:\s+(\d+) kB", text)[1]) * 1024
-    resource.setrlimit(resource.RLIMIT_DATA, (used + bytes_more, -1))
+    limit(more)
 
 
 def wide_state(width=8):
@@ -62,7 +56,7 @@ def wide_state(width=8):
 
 def fitted(env, more):
     x = torch.linspace(-1, 1, ROWS).view(-1, 1)
-    limit(more)
+    limited(more)
     found = fit_batch(ALONE, ax.identity, wide_loss, x, state=wide_state(MB))
     n = found.find("accumulate").n
     ran = {}
@@ -86,7 +80,7 @@ def test_what_is_found_fits_and_twice_as_much_does_not():
 
 def hopeless(env):
     x = torch.linspace(-1, 1, ROWS).view(-1, 1)
-    limit(2 * MB)
+    limited(2 * MB)
     with pytest.raises(ax.PlacementError) as caught:
         fit_batch(ALONE, ax.identity, wide_loss, x, state=wide_state(MB))
     return str(caught.value)
