@@ -1,6 +1,7 @@
 """A real limit on the memory of a process that a test has forked."""
 
 import ctypes
+import gc
 import re
 import resource
 from pathlib import Path
@@ -18,8 +19,10 @@ def data():
 def limit(more):
     """Let this process have so many bytes more than it uses, and no more.
 
-    What earlier tests gave back to the heap would not count, and is taken first.
+    What earlier tests gave back to the heap, or left for gc, would not count, and is
+    taken first.
     """
+    gc.collect()  # or fit_batch frees later what earlier tests left
     libc = ctypes.CDLL(None)
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]

@@ -140,6 +140,30 @@ def test_any_sampler_any_ranks_any_stop(kind, n, size, drop_last, was, now, data
     assert len(list(batches(loader))) == len(loader)
 
 
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.sampled_from(sorted(KINDS)),
+    st.integers(2, 12),
+    st.integers(1, 5),
+    st.booleans(),
+    st.tuples(st.integers(1, 3), st.integers(0, 2)),
+    st.tuples(st.integers(1, 3), st.integers(0, 2)),
+    st.data(),
+)
+def test_any_workers_too(kind, n, size, drop_last, was, now, data):
+    """The same with (ranks, workers) before the stop and others after it."""
+    plain = as_loader(KINDS[kind](n, size, drop_last, 0), seed=3)
+    if not len(plain):
+        return
+    stop = data.draw(st.integers(1, len(plain) + 2))
+    middle = data.draw(st.integers(0, stop))
+    found = []
+    for (world, workers), low, high in ((was, 0, middle), (now, middle, stop)):
+        loader = as_loader(KINDS[kind](n, size, drop_last, workers), seed=3)
+        found += union(loader, world, low, high)
+    assert found == union(plain, 1, 0, stop)
+
+
 def test_workers_change_no_batch():
     """Two workers and none, for each kind of sampler, through the end of an epoch."""
     for kind in KINDS:
