@@ -29,7 +29,7 @@ def settings_of(source: DataLoader[Any]) -> dict[str, Any]:
     torch's own samplers become arithmetic; a sampler or batch sampler of the user's own
     is walked. Raises DataError for what would be cut twice, or change nothing.
     """
-    _check_settings(source)
+    check_settings(source)
     made = _settings_of(source)
     _check_mixture(source.dataset, "order" in made or "walk" in made)
     return made
@@ -48,17 +48,7 @@ def _check_mixture(dataset: Any, ordered: bool) -> None:
 
 def _settings_of(source: DataLoader[Any]) -> dict[str, Any]:
     sampler: Any = source.batch_sampler
-    fields: dict[str, Any] = {
-        "collate": source.collate_fn,
-        "num_workers": source.num_workers,
-        "timeout": source.timeout,
-        "worker_init_fn": source.worker_init_fn,
-        "multiprocessing_context": source.multiprocessing_context,
-        "prefetch_factor": source.prefetch_factor,
-        "persistent_workers": source.persistent_workers,
-        "pin_memory": source.pin_memory,
-        "salt": _salt(source),
-    }
+    fields = {**workers_of(source), "salt": _salt(source)}
     if sampler is None:  # batch_size=None: each item is a batch
         return {**fields, "batch_size": 1, "batched": True, **_order(source, 1, False)}
     if type(sampler) is BatchSampler:
@@ -77,6 +67,20 @@ def _check_lengths(sampler: Any, dataset: Any) -> None:
             f"{sampler!r} wants one length for each of {len(dataset)} items, got "
             f"{len(lengths)}; write [len(item) for item in dataset]"
         )
+
+
+def workers_of(source: DataLoader[Any]) -> dict[str, Any]:
+    """How `source` makes batches of items, and what it hands to torch's workers."""
+    return {
+        "collate": source.collate_fn,
+        "num_workers": source.num_workers,
+        "timeout": source.timeout,
+        "worker_init_fn": source.worker_init_fn,
+        "multiprocessing_context": source.multiprocessing_context,
+        "prefetch_factor": source.prefetch_factor,
+        "persistent_workers": source.persistent_workers,
+        "pin_memory": source.pin_memory,
+    }
 
 
 def _order(source: DataLoader[Any], batch_size: int, drop_last: bool) -> dict[str, Any]:
@@ -166,7 +170,8 @@ def _salt(source: DataLoader[Any]) -> int | None:
     return None if generator is None else generator.initial_seed()
 
 
-def _check_settings(source: DataLoader[Any]) -> None:
+def check_settings(source: DataLoader[Any]) -> None:
+    """Refuse what would change the order, or where batches arrive."""
     if not source.in_order:
         raise DataError(
             "shard_loader wants a DataLoader that keeps the order, got in_order=False, "

@@ -7,6 +7,7 @@ from typing import Any
 import attrs
 from torch.utils.data import DataLoader, IterableDataset
 
+from accelx.accept import check_settings, workers_of
 from accelx.data.stream_parts import has_state
 from accelx.data.stream_record import Stream
 from accelx.errors import DataError
@@ -73,23 +74,12 @@ def _settings_of(source: DataLoader[Any]) -> dict[str, Any]:
         "source": source.dataset,
         "batch_size": source.batch_size,
         "drop_last": source.drop_last,
-        "collate": source.collate_fn,
-        "num_workers": source.num_workers,
-        "timeout": source.timeout,
-        "worker_init_fn": source.worker_init_fn,
-        "multiprocessing_context": source.multiprocessing_context,
-        "prefetch_factor": source.prefetch_factor,
-        "persistent_workers": source.persistent_workers,
-        "pin_memory": source.pin_memory,
+        **workers_of(source),
     }
 
 
 def _check_settings(source: DataLoader[Any]) -> None:
-    if not source.in_order:
-        raise DataError(
-            "shard_loader wants a DataLoader that keeps the order, got in_order=False, "
-            "by which batches come as workers are ready; drop in_order="
-        )
+    check_settings(source)
     _check_undivided(source)
     if getattr(source, "next_iter_state", None) is not None:
         raise DataError(

@@ -31,6 +31,8 @@ from accelx.data.stream_epochs import StreamEpochs
 from accelx.data.stream_parts import part_of, readers_of
 from accelx.data.stream_record import Spot
 from accelx.data.stream_rows import reader
+from accelx.errors import DataError
+from accelx.loader import as_loader
 from accelx.rows import Rows, rows_of
 from tests.streaming import (
     Batches,
@@ -443,3 +445,13 @@ def test_feed_takes_streams():
     made = as_stream(loader_of(Plain(5)))
     assert isinstance(made, Stream)
     assert [ids(b) for b in ax.feed(tx, made, 1, 2)] == [[4]]
+
+
+def test_a_device_of_its_own_for_pinned_memory_is_refused():
+    """Of a stream as of a map-style dataset; without it both are taken."""
+    for dataset in (Plain(4), range(4)):
+        source = DataLoader(dataset, 2)
+        assert as_loader(source)
+        source.pin_memory_device = "cuda:1"
+        with pytest.raises(DataError, match="pin_memory_device='cuda:1'; drop"):
+            as_loader(source)
