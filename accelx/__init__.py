@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .data.sample import sample_rng as sample_rng, seeded as seeded
     from .engines.options import PowerSGD as PowerSGD
     from .env import close as close, connect as connect, detect as detect
+    from .env_part import along as along
     from .equivalences.check import check_equivalence as check_equivalence
     from .errors import (
         AccelxError as AccelxError,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     )
     from .explain import explain as explain
     from .fit import fit_batch as fit_batch
+    from .launch.magic import load_ipython_extension as load_ipython_extension
     from .loader import Loader as Loader
     from .memory import MemoryReport as MemoryReport, memory_report as memory_report
     from .nonfinite import (
@@ -67,11 +69,16 @@ if TYPE_CHECKING:
     from .passes.on_preempt import on_preempt as on_preempt
     from .passes.remat import remat as remat
     from .passes.save_state import save_state as save_state
+    from .passes.shard_experts import shard_experts as shard_experts
     from .passes.shard_loader import shard_loader as shard_loader
     from .passes.shard_model import shard_model as shard_model
+    from .passes.shard_sequence import shard_sequence as shard_sequence
+    from .passes.shard_stages import shard_stages as shard_stages
+    from .passes.shard_tensors import shard_tensors as shard_tensors
     from .passes.with_diloco import with_diloco as with_diloco
     from .passes.with_ema import with_ema as with_ema
     from .passes.with_local_sgd import with_local_sgd as with_local_sgd
+    from .passes.with_lockstep import with_lockstep as with_lockstep
     from .passes.with_precision import with_precision as with_precision
     from .passes.with_schedule import with_schedule as with_schedule
     from .records import (
@@ -135,6 +142,7 @@ _NAMES = {
     "optimizers": ("param_groups",),
     "schedules": ("warmup_cosine", "warmup_linear"),
     "env": ("close", "connect", "detect"),
+    "env_part": ("along",),
     "loader": ("Loader",),
     "data.files": ("from_files",),
     "data.lengths": ("by_length", "by_tokens"),
@@ -159,11 +167,16 @@ _NAMES = {
     "passes.on_preempt": ("on_preempt",),
     "passes.remat": ("remat",),
     "passes.save_state": ("save_state",),
+    "passes.shard_experts": ("shard_experts",),
     "passes.shard_loader": ("shard_loader",),
     "passes.shard_model": ("shard_model",),
+    "passes.shard_stages": ("shard_stages",),
+    "passes.shard_sequence": ("shard_sequence",),
+    "passes.shard_tensors": ("shard_tensors",),
     "passes.with_diloco": ("with_diloco",),
     "passes.with_ema": ("with_ema",),
     "passes.with_local_sgd": ("with_local_sgd",),
+    "passes.with_lockstep": ("with_lockstep",),
     "passes.with_precision": ("with_precision",),
     "passes.with_schedule": ("with_schedule",),
     "run": (
@@ -177,6 +190,7 @@ _NAMES = {
     "saves.retain": ("retain",),
     "saves.stream": ("stream_weights",),
     "spawn": ("spawn",),
+    "launch.magic": ("load_ipython_extension",),
     "testing": ("testing",),
     "equivalences.check": ("check_equivalence",),
     "memory": ("MemoryReport", "memory_report"),
@@ -203,6 +217,11 @@ class _Package(ModuleType):
         if isinstance(value, ModuleType) and _HOMES.get(name) == name:
             value = _public(name, value)
         super().__setattr__(name, value)
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        # cloudpickle sends functions with their globals, where `ax` is; a module of a
+        # plain class it sends by name.
+        return import_module, (self.__name__,)
 
 
 if not TYPE_CHECKING:  # a checker would take it to mean that any name is there

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import attrs
 
+from accelx.comm_ring import forget_rings
 from accelx.comm_rows import gather_rows
 from accelx.comm_split import split
 from accelx.comm_trees import broadcast, gather, gather_objects, pad, reduce
-from accelx.comm_wire import dist, exchange, group, together
+from accelx.comm_wire import dist, exchange, forget_parts, group, together
 from accelx.errors import CollectiveError
 from accelx.records import Env
 
@@ -31,6 +32,7 @@ __all__ = [
     "gather",
     "gather_objects",
     "gather_rows",
+    "line",
     "main_first",
     "mesh",
     "on_main",
@@ -103,17 +105,43 @@ def sum_scalars(env: Env, tensor: Tensor, async_op: bool = False) -> Any:
         together(env, "sum_scalars")
     if env.world == 1:
         return None
-    return dist().all_reduce(tensor, async_op=async_op)
+    ours = group(env, "sum_scalars") if env.whole else None  # 1 us
+    return dist().all_reduce(tensor, group=ours, async_op=async_op)
 
 
 def mesh(env: Env) -> DeviceMesh:
     """The ranks laid out on `env.axes`: one and the same mesh each time it is asked.
 
-    With several axes every rank must ask, the first time; `connect` has done so.
+    With several axes every rank must ask, the first time; `connect` has done so. For a
+    part of the ranks it is a slice of the mesh of all.
     Raises CollectiveError where there is no group: one process alone needs no mesh.
     """
     together(env, "mesh")
-    return _mesh(env.axes, env.device.partition(":")[0], group(env, "mesh"))
+    group(env, "mesh")
+    kind, world = env.device.partition(":")[0], dist().group.WORLD
+    if not env.whole:
+        return _mesh(env.axes, kind, world)
+    return _slice(env.whole, env.axes, kind, world)
+
+
+def line(env: Env) -> DeviceMesh:
+    """The ranks of `env` as a mesh of one axis, outermost first; as `mesh` else."""
+    laid = mesh(env)
+    return laid if laid.ndim == 1 else _flat(laid, "_".join(a.name for a in env.axes))
+
+
+@functools.cache
+def _flat(laid: DeviceMesh, name: str) -> DeviceMesh:
+    from accelx import _torch
+
+    return _torch.flat_mesh(laid, name)
+
+
+@functools.cache
+def _slice(
+    whole: tuple[Axis, ...], axes: tuple[Axis, ...], kind: str, world: object
+) -> DeviceMesh:
+    return _mesh(whole, kind, world)[tuple(axis.name for axis in axes)]
 
 
 @functools.cache  # DTensor and FSDP2 compare meshes by identity
@@ -127,4 +155,8 @@ def _mesh(axes: tuple[Axis, ...], kind: str, group: object) -> DeviceMesh:
 
 def forget_meshes() -> None:
     """Drop the meshes that were made: their group is being closed."""
+    _flat.cache_clear()
+    _slice.cache_clear()
     _mesh.cache_clear()
+    forget_parts()
+    forget_rings()

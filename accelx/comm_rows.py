@@ -9,6 +9,7 @@ from torch import Tensor
 from accelx import tree
 from accelx.comm_trees import gather, gather_objects
 from accelx.comm_wire import exchange
+from accelx.env_part import rows_env
 from accelx.errors import DataError
 from accelx.records import Env
 from accelx.rows import leading, rows_of
@@ -34,6 +35,7 @@ def gather_rows(env: Env, values: T, batch: Any) -> T:
             f"{type(batch).__name__} without a tensor; give it what ax.feed yielded"
         )
 
+    env = rows_env(env)
     found = _lists(env, values, here)
 
     def listed(node: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
+from accelx.env_part import rows_env
 from accelx.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def split(env: Env, items: Any, pad: bool = False) -> Any:
     has none. No communication: every rank must bring the same items.
     Raises DataError for other types and for dicts of unequal lengths.
     """
+    env = rows_env(env)
     taken = share(_length(items), env.world, env.rank, pad)
     return _take(items, taken)
 

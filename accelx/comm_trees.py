@@ -6,18 +6,22 @@ import pickle
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from accelx.comm_ring import ring
 from accelx.comm_wire import (
     Spec,
     dist,
     exchange,
     gather_bytes,
+    group,
     grouped,
     is_tensor,
     pack,
+    shown,
     spec_of,
     unpack,
     wire_device,
 )
+from accelx.env_part import rows_env
 from accelx.errors import CollectiveError
 from accelx.records import Mean
 from accelx.tree import flatten, leaves, map_leaves, unflatten
@@ -41,8 +45,9 @@ def gather(env: Env, tree: Any) -> Any:
     process gets the same types. Results are new and carry no gradient.
     Raises CollectiveError on every rank if the trees do not match.
     """
+    env = rows_env(env)
     here = _told(tree)
-    ranks = exchange(env, "gather", here)
+    ranks = exchange(env, "gather", here, _rows_key)
     _agree("gather", ranks, _rows_key)
     paths = list(ranks[0])
     tensors = [path for path in paths if isinstance(here[path], Spec)]
@@ -82,8 +87,9 @@ def reduce(env: Env, tree: Any, op: str = "mean") -> Any:
             f'reduce wants an op out of "mean", "sum", "max", "min", got {op!r}; '
             'write for example reduce(env, tree, "sum")'
         )
+    env = rows_env(env)
     here = _told(tree)
-    ranks = exchange(env, f'reduce(op="{op}")', here)
+    ranks = exchange(env, f'reduce(op="{op}")', here, _exact_key)
     _agree("reduce", ranks, _exact_key)
     own, ops = dict(flatten(tree)), _ops(tree, op)
     made: Told = {}
@@ -146,7 +152,9 @@ def _all_reduce(env: Env, flat: list[Tensor], op: str) -> tuple[Tensor, ...]:
 
     buffer = torch.cat(flat)  # a copy, also of one
     if env.world > 1:
-        dist().all_reduce(buffer, op=getattr(dist().ReduceOp, op))
+        ours = group(env, "reduce")
+        with ring().begin(env, "reduce"):
+            dist().all_reduce(buffer, op=getattr(dist().ReduceOp, op), group=ours)
     return buffer.split([part.numel() for part in flat])
 
 
@@ -196,7 +204,9 @@ def broadcast(env: Env, tree: Any, src: int = 0) -> Any:
     tensors = [leaf for leaf in leaves(tree) if is_tensor(leaf)] if mine else []
     if specs:
         buffer = pack(env, tensors, sum(spec.bytes for spec in specs))
-        dist().broadcast(buffer, src)
+        ours = group(env, "broadcast")
+        with ring().begin(env, "broadcast"):
+            dist().broadcast(buffer, group=ours, group_src=src)
         tensors = tensors if mine else unpack(env, buffer, specs)
     rest = iter(tensors)
     if mine:
@@ -212,8 +222,9 @@ def pad(
     At the end, or in front with `first`. Tensors without that dim, and other leaves,
     stay as they are. Numbers of dims and dtypes must match over the ranks.
     """
+    env = rows_env(env)
     here = _told(tree)
-    ranks = exchange(env, f"pad(dim={dim})", here)
+    ranks = exchange(env, f"pad(dim={dim})", here, _dims_key)
     _agree("pad", ranks, _dims_key)
     made: list[Any] = []
     for path, leaf in flatten(tree):
@@ -252,9 +263,7 @@ def _agree(name: str, ranks: list[Told], key: Callable[[Any], object]) -> None:
     for path in paths:
         kinds = [key(told[path]) if path in told else None for told in ranks]
         if any(kind != kinds[0] for kind in kinds):
-            texts = [
-                _shown(told[path]) if path in told else "nothing" for told in ranks
-            ]
+            texts = [shown(told[path]) if path in told else "nothing" for told in ranks]
             says = ", ".join(f"{t} on {who}" for t, who in grouped(texts).items())
             raise CollectiveError(
                 f"{name} wants the same tree on every rank, but tree{path} is {says}; "
@@ -267,12 +276,6 @@ _REMEDY = {
     "reduce": "bring equal dtypes and shapes, or gather(env, tree) them",
     "pad": "bring equal dtypes and as many dims",
 }
-
-
-def _shown(told: Any) -> str:
-    if isinstance(told, Spec):
-        return f"{str(told.dtype).removeprefix('torch.')} {told.shape}"
-    return f"{type(told).__name__} {told!r:.60}"
 
 
 def _rows_key(told: Any) -> object:

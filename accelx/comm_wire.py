@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import attrs
 
+from accelx.comm_ring import ring
+from accelx.env_part import parts
 from accelx.errors import CollectiveError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from accelx.records import Env
+    from accelx.records import Axis, Env
 
 ALIGN = 16  # bytes of the widest dtype, complex128: pieces can be viewed where they lie
 
@@ -69,23 +72,70 @@ def group(env: Env, name: str) -> Any:
             "none open; write env = accelx.connect() first (one process alone has none "
             "and needs none)"
         )
-    return dist().group.WORLD
+    world = dist().group.WORLD
+    return world if not env.whole else part(env.whole, _names(env), world)
 
 
-def exchange(env: Env, name: str, value: Any) -> list[Any]:
+def _names(env: Env) -> tuple[str, ...]:
+    return tuple(axis.name for axis in env.axes)
+
+
+@functools.lru_cache(maxsize=32)  # a group holds sockets and threads
+def part(
+    whole: tuple[Axis, ...],
+    names: tuple[str, ...],
+    world: object,
+    backend: str | None = None,
+) -> Any:
+    """This rank's group of those that differ along `names` alone, made once by all."""
+    mine = None
+    for ranks in parts(whole, names):
+        made = dist().new_group(ranks, backend=backend)
+        if dist().get_rank() in ranks:
+            mine = made
+    return mine
+
+
+def forget_parts() -> None:
+    """Drop the groups that were made: the one they belong to is being closed."""
+    part.cache_clear()
+
+
+def exchange(
+    env: Env, name: str, value: Any, key: Callable[[Any], object] | None = None
+) -> list[Any]:
     """Every rank's `value`, by pickle, in rank order.
 
     `name` says which collective this is: where ranks meet in different ones, or a value
-    does not pickle, all of them raise CollectiveError.
+    does not pickle, all of them raise CollectiveError. With `key` the value is what a
+    rank tells of its tree, and `key` what must agree of a leaf.
     """
     together(env, name)
     if env.world == 1:
         return [value]
-    group(env, name)
+    ours = group(env, name)
     headers: list[Any] = [None] * env.world
-    dist().all_gather_object(headers, _header(name, value))
+    header, tree = _header(name, value), value if key is not None else None
+    with ring().begin(env, name, tree, lambda: _compared(tree, key)):
+        dist().all_gather_object(headers, header, group=ours)
     _check(name, headers)
     return [pickle.loads(header.value) for header in headers]
+
+
+def _compared(
+    tree: dict[str, Any] | None, key: Callable[[Any], object] | None
+) -> dict[str, tuple[str, str]]:
+    """Of each leaf what ranks in lockstep compare, and how it is shown."""
+    if tree is None or key is None:
+        return {}
+    return {f"tree{path}": (repr(key(x)), shown(x)) for path, x in tree.items()}
+
+
+def shown(leaf: Any) -> str:
+    """A leaf as a rank tells of it, in words."""
+    if isinstance(leaf, Spec):
+        return f"{str(leaf.dtype).removeprefix('torch.')} {leaf.shape}"
+    return f"{type(leaf).__name__} {leaf!r:.60}"
 
 
 def _header(name: str, value: Any) -> _Header:
@@ -169,7 +219,9 @@ def gather_bytes(env: Env, buffer: Tensor) -> list[Tensor]:
     if env.world == 1:
         return [buffer]
     pieces = [torch.empty_like(buffer) for _ in range(env.world)]
-    dist().all_gather(pieces, buffer)
+    ours = group(env, "gather")
+    with ring().begin(env, "gather"):
+        dist().all_gather(pieces, buffer, group=ours)
     return pieces
 
 

@@ -177,7 +177,7 @@ def add(outs: list[Out]) -> Out:
     each = [out.weight for out in real]
     rows = torch.tensor(each, dtype=losses.dtype, device=losses.device)
     count = sum(weights)
-    return Out(losses.dot(rows).div(max(1, count)), count, aux=aux)
+    return Out(losses.dot(rows).div(count or 1), count, aux=aux)
 
 
 def add_aux(parts: list[Any], weights: list[Any]) -> Any:

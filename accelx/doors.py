@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import contextmanager
 
 from accelx.errors import AccelxError
 
 TYPE_CHECKING = False  # importing `typing` would cost `--help` 10 ms
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
     from typing import NoReturn
 
 FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
@@ -44,6 +45,24 @@ def ended(name: str, command: Callable[[], int]) -> int:
         return 0
     except (AccelxError, OSError) as error:
         return _fail(name, error, FAILED)
+
+
+@contextmanager
+def aside() -> Generator[None]:
+    """What anything prints inside, child processes too, goes to standard error.
+
+    So that a document is all of standard output: gloo of torch 2.9 prints there whom
+    it is connected to.
+    """
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _fail(name: str, error: Exception, code: int) -> int:

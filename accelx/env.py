@@ -7,6 +7,8 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, urlsplit
@@ -16,6 +18,7 @@ import attrs
 from accelx.env_axes import Axes, lay_out
 from accelx.env_detect import detect
 from accelx.env_device import choose_backend, choose_device, probe, set_device
+from accelx.env_part import rows_env, sums_env
 from accelx.errors import CollectiveError
 
 if TYPE_CHECKING:
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["close", "connect", "detect"]
 
+REPORTS = "ACCELX_REPORTS"  # by which the launcher says where its logs are
 GOODBYE = 10.0  # seconds that the rank with the store waits for the others to leave
 
 
@@ -33,13 +37,16 @@ def connect(
     device: str | None = None,
     backend: str | None = None,
     timeout: float | None = None,
+    reports: str | None = None,
 ) -> Env:
     """Join this process to the other ranks; the Env returned says where it stands.
 
     `env` is by default what `detect` finds in the environment. `axes` names the axes of
     the mesh: `"replicate=2,shard=-1"`, a mapping, or a tuple of Axis; by default one
     axis "data". `device` and `backend` are by default the best that this machine has.
-    `timeout` in seconds is how long a collective may wait.
+    `timeout` in seconds is how long a collective may wait. `reports` is a folder where
+    each rank leaves what it did last and, when nothing happens for nearly as long, its
+    stacks, for `python -m accelx.doctor hang`; by default the launcher's `--logs`.
 
     Effects: sets torch's current device; with several ranks opens torch's process group
     (or takes the one that is open, if it has as many ranks) and closes it at exit. One
@@ -50,15 +57,28 @@ def connect(
     axes = axes if axes is not None else env.axes or None
     env = attrs.evolve(env, axes=lay_out(axes, env.world))
     env = attrs.evolve(env, device=device or _device(env))
-    set_device(env.device)
+    set_device(env)
     backend = backend or env.backend or choose_backend(env.device)
     env = attrs.evolve(env, backend=_join(env, backend, timeout))
+    _report(env, reports or os.environ.get(REPORTS), timeout)
     if env.backend and len(env.axes) > 1:
         # Its groups are made by all ranks together, so not at a random moment.
         from accelx.comm import mesh
 
-        mesh(env)
+        for part in (env, rows_env(env), sums_env(env)):
+            if part.axes:
+                mesh(part)
     return env
+
+
+def _report(env: Env, folder: str | None, timeout: float | None) -> None:
+    if env.backend is None or folder is None:
+        return
+    from accelx._torch import group_timeout
+    from accelx.comm_hang import leave
+    from accelx.comm_wire import group
+
+    leave(env, folder, timeout or group_timeout(group(env, "connect")))
 
 
 def _device(env: Env) -> str:
@@ -148,6 +168,24 @@ def _meet(env: Env) -> None:
     if store.add("accelx/met", 1) == env.world:
         store.set("accelx/all-met", "1")
     store.wait(["accelx/all-met"])
+
+
+@contextmanager
+def lent(values: Mapping[str, str]) -> Generator[None]:
+    """`values` in the environment for a library that asks there; undone at the end.
+
+    With all else that the block, or what it calls, writes into the environment.
+    """
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name in {*before, *os.environ}:
+            if name not in before:
+                del os.environ[name]
+            elif os.environ.get(name) != before[name]:
+                os.environ[name] = before[name]
 
 
 def close(env: Env) -> None:

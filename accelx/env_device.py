@@ -11,46 +11,71 @@ from accelx.errors import PlacementError
 if TYPE_CHECKING:
     from accelx.records import Env
 
-BACKENDS = {"cuda": "nccl", "xpu": "xccl", "xla": "xla"}  # of other devices: gloo
+
+@attrs.frozen
+class Kind:
+    """What devices of one kind can do; the defaults are those of an unknown kind."""
+
+    backend: str = "gloo"  # of torch.distributed
+    shared: bool = False  # there is one, without a number, and no process group over it
+    float64: bool = True
+    pinned: bool = False  # host memory that its copies want pinned
+
+
+KINDS = {
+    "cpu": Kind(),
+    "cuda": Kind("nccl", pinned=True),
+    "xpu": Kind("xccl", pinned=True),
+    "tpu": Kind("tpu_dist", float64=False),  # of torch_tpu
+    "mps": Kind(shared=True, float64=False),
+    "xla": Kind(shared=True),  # of torch_xla, all devices at once
+}
+
+
+def kind_of(device: str) -> Kind:
+    """What `device`, such as "cuda:3", can do."""
+    return KINDS.get(device.partition(":")[0], Kind())
 
 
 @attrs.frozen
 class Hardware:
     """What this machine has: found by `probe`, written by hand in a test."""
 
-    cuda: int = 0  # devices that work
-    xpu: int = 0
-    mps: bool = False
+    kind: str = ""  # of the accelerator in torch's words; "" without one
+    count: int = 0  # devices of it that work
     xla: bool = False  # torch_xla is installed and was asked for
 
 
 def probe(xla: bool = False) -> Hardware:
-    """What torch can really use here. Starts no device context."""
+    """What torch can really use here. Starts no device context.
+
+    By torch.accelerator alone: a package that brings a device of its own, such as
+    torch_tpu, has its name on torch also where the machine has none.
+    """
     import torch
 
     found = torch.accelerator.current_accelerator(check_available=True)
-    kind = found.type if found else ""
     count = torch.accelerator.device_count() if found else 0
-    return Hardware(
-        cuda=count if kind == "cuda" else 0,
-        xpu=count if kind == "xpu" else 0,
-        mps=kind == "mps",
-        xla=xla,
-    )
+    return Hardware(found.type, count, xla) if found and count else Hardware(xla=xla)
 
 
 def choose_device(hardware: Hardware, env: Env) -> str:
-    """The device of this rank: cuda, xpu, mps, xla, cpu, in that order.
+    """The device of this rank: torch's accelerator, or XLA where it was asked for, cpu.
 
-    On CUDA and XPU the index is the local rank; more local ranks than devices raise
-    PlacementError. Several ranks on one MPS device get the CPU: MPS has no collectives.
+    The index is the local rank; more local ranks than devices raise PlacementError, as
+    do several ranks on XLA. Several on one MPS device get the CPU: it has no
+    collectives.
     """
-    for kind, count in (("cuda", hardware.cuda), ("xpu", hardware.xpu)):
-        if count:
-            return _indexed(kind, count, env)
-    if hardware.mps and env.world == 1:
-        return "mps"
-    return "xla" if hardware.xla else "cpu"
+    kind = hardware.kind
+    if kind and not kind_of(kind).shared:
+        return _indexed(kind, hardware.count, env)
+    if kind and env.world == 1:
+        return kind
+    if not hardware.xla:
+        return "cpu"
+    if env.world > 1:
+        raise PlacementError(several(env.world))
+    return "xla"
 
 
 def _indexed(kind: str, count: int, env: Env) -> str:
@@ -63,15 +88,35 @@ def _indexed(kind: str, count: int, env: Env) -> str:
     return f"{kind}:{env.local_rank}"
 
 
+def several(world: int) -> str:
+    """Why there is no second rank on XLA."""
+    return (
+        "XLA wants one process, which divides its work over all devices of the host, "
+        f"but there are {world} ranks; start one, without torchrun. Each of several "
+        "would take itself for the only one, and what they reduce would stay apart; "
+        'ranks on the CPU want connect(device="cpu")'
+    )
+
+
 def choose_backend(device: str) -> str:
-    """The backend of torch.distributed for `device`: nccl, xccl, xla or gloo."""
-    return BACKENDS.get(device.partition(":")[0], "gloo")
+    """The backend of torch.distributed for `device`: nccl, xccl, tpu_dist or gloo."""
+    return kind_of(device).backend
 
 
-def set_device(device: str) -> None:
-    """Make `device` torch's current one, where devices have an index."""
+def set_device(env: Env) -> None:
+    """Make the device of `env` torch's current one, where devices have an index.
+
+    On XLA: start its runtime, over all devices. Raises PlacementError for several ranks
+    there, before a runtime or a group is opened.
+    """
     import torch
 
-    kind, _, index = device.partition(":")
-    if kind in ("cuda", "xpu"):
-        torch.get_device_module(kind).set_device(int(index or 0))
+    kind, _, index = env.device.partition(":")
+    if kind == "xla":
+        if env.world > 1:
+            raise PlacementError(several(env.world))
+        from accelx import _xla
+
+        _xla.start()
+    elif kind not in ("cpu", "meta") and not kind_of(kind).shared:
+        torch.accelerator.set_device_index(int(index or 0))

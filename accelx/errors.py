@@ -57,7 +57,12 @@ class SpentStateError(AccelxError, RuntimeError):
 
 
 class SpawnError(AccelxError, RuntimeError):
-    """Ranks could not be started, or one of them failed."""
+    """Ranks could not be started, or one of them failed.
+
+    `error` is the exception of the rank that failed first, where it could be brought.
+    """
+
+    error: Exception | None = None
 
 
 class MissingExtraError(AccelxError, ImportError):

@@ -10,14 +10,11 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    DataLoader,
-    TensorDataset,
-    default_collate,
-    get_worker_info,
-)
+from torch.utils.data import DataLoader, TensorDataset, get_worker_info
 
 from accelx import _torch
+from accelx.data.collate import collated, quick
+from accelx.data.parcel import Parcels
 from accelx.data.plan import Asked, Unpack, listeners
 from accelx.errors import DataError
 
@@ -36,9 +33,8 @@ def fetcher(
     dataset's own `__getitems__`, as torch's DataLoader reads them. With `batched` an
     item is a batch by itself.
     """
-    if batched:
-        collate = first(collate)
-    if type(dataset) is TensorDataset and collate is default_collate:
+    collate = first(collate) if batched else quick(collate)
+    if type(dataset) is TensorDataset and collate is collated:
         columns = dataset.tensors
         if all(_plain(c) for c in columns):
             if all(c.device.type == "cpu" for c in columns):
@@ -185,11 +181,16 @@ def pool(
     workers: DataLoader[Any] = DataLoader(
         Noted(dataset),  # pyright: ignore[reportArgumentType]
         batch_sampler=spans,
-        collate_fn=collate,
+        collate_fn=Parcels(quick(collate), ahead(**settings)),
         worker_init_fn=Began(init, answered()),
         **settings,
     )
     return workers, spans
+
+
+def ahead(num_workers: int, prefetch_factor: int | None, **settings: Any) -> int:
+    """Batches that torch lets workers make ahead of the program."""
+    return max(1, num_workers) * (2 if prefetch_factor is None else prefetch_factor)
 
 
 def read(workers: DataLoader[Any]) -> Iterator[Any]:

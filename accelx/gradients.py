@@ -13,7 +13,10 @@ from torch import Tensor
 from accelx import comm, tree
 from accelx.cut import Args, mean_of, rows_in
 from accelx.engines.placed import engine_of
+from accelx.env_device import kind_of
+from accelx.env_part import rows_env
 from accelx.errors import LossError, NeutralityWarning, PlacementError
+from accelx.fit_full import say_full
 from accelx.records import (
     Engine,
     Env,
@@ -63,13 +66,17 @@ def unreduced(tx: Transform, loss: Loss, engine: Engine, env: Env) -> Inner:
     for one in active:
         if one.forward is not None:
             loss = one.forward(loss)
-    local = _local(loss, engine)
+    ranks = rows_env(env).world
+    if engine.through is None:
+        local = _local(loss, engine, env.world // ranks)
+    else:
+        local = engine.through(loss, weighed)
     wraps = [one.backward for one in active if one.backward is not None]
     if not wraps:
         return local
 
     def grads(state: State, *args: Any) -> tuple[State, Out]:
-        return local(state, args, rows_in(args, env.world))
+        return local(state, args, rows_in(args, ranks))
 
     for wrap in wraps:
         grads = wrap(grads)
@@ -82,33 +89,44 @@ def env_of(state: State) -> Env:
     return _ALONE if placed is None else placed.env
 
 
-def _local(loss: Loss, engine: Engine) -> Inner:
+def _local(loss: Loss, engine: Engine, share: int) -> Inner:
     """Forward and backward of one microbatch on this rank; nothing is divided yet.
 
     Gradients come out as of the total over all rows, divided by what `_unit` says.
     """
 
     def local(state: State, args: Args, rows: Rows) -> tuple[State, Out]:
-        value, aux = read(loss(state.model, *args))
-        if rows.padded:
-            aux = _padded(value, aux, args, rows)
-        up, unit = _loss_scale(state), _unit(rows.total)
+        value, scale, out = weighed(state, loss(state.model, *args), args, rows, share)
         leaf = None if engine.carry is None else engine.carry(state)
-        if isinstance(value, Mean):
-            total = _trains(_as_total(value))
-            if not rows.rows:  # a placeholder takes part, and counts for nothing
-                engine.backward(state, total, 0.0, *_carried(leaf, total, 0))
-                none = Mean(torch.zeros_like(total), 0)
-                return state, Out(cast(Any, none), 0, aux=_empty(aux))
-            engine.backward(state, total, up / unit, *_carried(leaf, total, 0))
-            kept = Mean(total.detach(), _detached(value.weight))
-            return state, Out(cast(Any, kept), kept.weight, aux=aux)
-        carried = () if leaf is None else _carried(leaf, value, rows.rows)
-        engine.backward(state, _trains(value), up * (rows.rows / unit), *carried)
-        aux = aux if rows.rows else _empty(aux)
-        return state, Out(value.detach(), rows.rows, aux=aux)
+        count = 0 if isinstance(out.loss, Mean) else out.weight
+        engine.backward(state, value, scale, *_carried(leaf, value, count))
+        return state, out
 
     return local
+
+
+def weighed(
+    state: State, result: Any, args: Args, rows: Rows, share: int = 1
+) -> tuple[Tensor, float, Out]:
+    """What a loss returned: a scalar to go backward from, its scale, and the report.
+
+    Where `share` ranks hold parts of the same rows, a mean is of a part of each row.
+    """
+    value, aux = read(result)
+    if rows.padded:
+        aux = _padded(value, aux, args, rows)
+    up, unit = _loss_scale(state), _unit(rows.total)
+    if isinstance(value, Mean):
+        total = _trains(_as_total(value))
+        if not rows.rows:  # a placeholder takes part, and counts for nothing
+            none = Mean(torch.zeros_like(total), 0)
+            return total, 0.0, Out(cast(Any, none), 0, aux=_empty(aux))
+        kept = Mean(total.detach(), _detached(value.weight))
+        return total, up / unit, Out(cast(Any, kept), kept.weight, aux=aux)
+    count = rows.rows if share == 1 or not rows.rows else rows.rows / share
+    aux = aux if rows.rows else _empty(aux)
+    out = Out(value.detach(), count, aux=aux)
+    return _trains(value), up * (count / unit), out
 
 
 def _padded(value: Tensor | Mean, aux: Any, args: Args, rows: Rows) -> Any:
@@ -144,7 +162,7 @@ def plain_mean(what: str) -> LossError:
     )
 
 
-def _carried(leaf: Any, loss: Tensor, rows: int) -> tuple[Any, ...]:
+def _carried(leaf: Any, loss: Tensor, rows: Any) -> tuple[Any, ...]:
     """What an engine that can reduces along: the loss of this microbatch's rows."""
     if leaf is None:
         return ()
@@ -238,15 +256,16 @@ def _is_mean(node: Any) -> bool:
 
 def _whole(inner: Inner, engine: Engine, env: Env, sharded: bool) -> Grads:
     """Reduce weights, losses and aux over ranks at once, then make gradients whole."""
-    doubtful = sharded and env.world > 1
+    ranks = rows_env(env).world  # with rows of their own
+    doubtful = sharded and ranks > 1
 
     def whole(state: State, *args: Any) -> tuple[State, Out]:
         nonlocal doubtful
-        rows = _rows(args, env)
+        rows = _rows(args, ranks)
         _as_at_init(state)
         if doubtful and not rows.total:
             doubtful = False
-            _warn_of_whole_batches(rows.rows, env)
+            _warn_of_whole_batches(rows.rows, ranks)
         unit, scale = rows.total, 1.0 / _loss_scale(state)
         earlier = _set_aside(state) if state.pending else []
         leaf = None if engine.carry is None else engine.carry(state)
@@ -262,7 +281,8 @@ def _whole(inner: Inner, engine: Engine, env: Env, sharded: bool) -> Grads:
             elif env.world > 1 or out.aux is not None:  # nothing waits for the report
                 out = owing(_fields(_reduced(env, out), unit))
             engine.settle(state, scale)
-        except BaseException:  # leave no half of a gradient behind
+        except BaseException as error:  # leave no half of a gradient behind
+            say_full(error, state, env)
             for _, p in state.trained:
                 p.grad = None
             if "shard_model" in state.slots:
@@ -277,12 +297,12 @@ def _whole(inner: Inner, engine: Engine, env: Env, sharded: bool) -> Grads:
     return whole
 
 
-def _rows(args: Args, env: Env) -> Rows:
+def _rows(args: Args, ranks: int) -> Rows:
     """The rows of `args`; refuses rows cut over ranks for a model on one."""
-    rows = rows_in(args, env.world)
+    rows = rows_in(args, ranks)
     if len(args) > 1:
         one_mark(args)
-    if env.world == 1 and rows.total > rows.rows:
+    if ranks == 1 and rows.total > rows.rows:
         raise PlacementError(
             f"the batch is cut over ranks ({rows.rows} of {rows.total} rows are here), "
             "but the model is on one, so ranks would train apart; add "
@@ -291,11 +311,11 @@ def _rows(args: Args, env: Env) -> Rows:
     return rows
 
 
-def _warn_of_whole_batches(rows: int, env: Env) -> None:
+def _warn_of_whole_batches(rows: int, ranks: int) -> None:
     warnings.warn(
         f"the chain has shard_loader, but a step was given {rows} rows that do not "
         "come from ax.feed: they are taken for this rank's own, and if they are the "
-        f"whole batch, each sample counts {env.world} times; write "
+        f"whole batch, each sample counts {ranks} times; write "
         "`for batch in ax.feed(tx, loader):`, and change batches inside the loss",
         NeutralityWarning,
         stacklevel=4,
@@ -349,7 +369,7 @@ def _fields(finish: Callable[[], Out], rows: int) -> Late:
 
 def _packed(means: list[Mean], env: Env) -> Tensor:
     """Totals and weights side by side, in float64 where the device has it."""
-    wide = torch.float32 if env.device.startswith("mps") else torch.float64
+    wide = torch.float64 if kind_of(env.device).float64 else torch.float32
     first = means[0].total
     device = first.device if isinstance(first, Tensor) else env.device
     each = [

@@ -18,6 +18,7 @@ from accelx.comm_wire import exchange, grouped
 from accelx.cut import pieces
 from accelx.data import plan, stream
 from accelx.data.lengths import whole
+from accelx.data.mix import Mixture
 from accelx.data.orders import Order
 from accelx.data.stream import Stream
 from accelx.data.walks import Walk
@@ -340,9 +341,7 @@ def _compare(loader: Loader, start: int, stop: int) -> None:
         f"{len(loader.dataset)} items, batch_size={loader.batch_size}, "
         f"drop_last={loader.drop_last}"
     )
-    for one in (loader.dataset, *plan.inside(loader.dataset)):
-        content = getattr(one, "content", None)
-        size += f", content {content:016x}" if isinstance(content, int) else ""
+    size += _content(loader.dataset)
     told = f"steps {start} to {stop} of {size}, order {first:016x}"
     said = exchange(env, "feed", told)
     if len(set(said)) > 1:
@@ -351,6 +350,18 @@ def _compare(loader: Loader, start: int, stop: int) -> None:
             "feed wants the same data in the same order on each rank, which then reads "
             f"its rows, got {each}; make dataset, sampler, seed and start the same"
         )
+
+
+def _content(dataset: Any) -> str:
+    """What can be told of a dataset's content: its files, a mixture's sources."""
+    said = ""
+    for one in (dataset, *plan.inside(dataset)):
+        content = getattr(one, "content", None)
+        said += f", content {content:016x}" if isinstance(content, int) else ""
+        if isinstance(one, Mixture):
+            each = [f"{n!r} of {len(s)}{_content(s)}" for n, s in one.sources.items()]
+            said += f", sources {' and '.join(each)}"
+    return said
 
 
 def varies(loader: Loader) -> bool:

@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 
-from accelx.checkpoints.tables import size
 from accelx.doctors.text import columns
+from accelx.fit_held import Held, device_use, held_by, resident
 from accelx.records import Env, check_env
 from accelx.state import State, check_state
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from accelx.text import size
 
 __all__ = ["MemoryReport", "memory_report"]
-
-LARGEST = 5  # tensors that are named
-
-
-@attrs.frozen
-class Held:
-    """What one part of a state holds on this rank, on one kind of device."""
-
-    what: str  # parameters, buffers, gradients, optimizer state, or a slot's name
-    device: str
-    num_tensors: int
-    bytes: int  # of storages, each counted once, where it is first met
 
 
 @attrs.frozen(repr=False)
@@ -107,15 +91,14 @@ def memory_report(env: Env, state: State | None = None) -> MemoryReport:
     check_env("memory_report", env)
     if state is not None:
         check_state("memory_report", state)
-    named = [] if state is None else list(_named(state))
-    held, largest = _counted(named)
-    allocated, peak, reserved, capacity = _device(env.device)
+    held, largest = ((), ()) if state is None else held_by(state)
+    allocated, peak, reserved, capacity = device_use(env.device)
     return MemoryReport(
         env.rank,
         env.device,
         held,
         largest,
-        _resident(),
+        resident(),
         _resident_peak(),
         _host(),
         allocated,
@@ -123,83 +106,6 @@ def memory_report(env: Env, state: State | None = None) -> MemoryReport:
         reserved,
         capacity,
     )
-
-
-def _named(state: State) -> Iterator[tuple[str, str, Tensor]]:
-    """(part, name, tensor) of all that a state holds, each part after another."""
-    from accelx import tree
-
-    model = state.model
-    for name, p in model.named_parameters():
-        yield "parameters", name, p
-    for name, b in model.named_buffers():
-        yield "buffers", name, b
-    names = {id(p): name for name, p in model.named_parameters()}
-    for name, p in model.named_parameters():
-        if p.grad is not None:
-            yield "gradients", f"{name}.grad", p.grad
-    for optimizer in state.optimizers:
-        for p, kept in optimizer.state.items():
-            for path, leaf in tree.flatten(kept):
-                if _is_tensor(leaf):
-                    yield "optimizer state", f"{names.get(id(p), '?')}{path}", leaf
-    for slot, value in state.slots.items():
-        for path, leaf in tree.flatten(value):
-            if _is_tensor(leaf):
-                yield f"slot {slot}", f"{slot}{path}", leaf
-
-
-def _is_tensor(leaf: object) -> bool:
-    from torch import Tensor
-
-    return isinstance(leaf, Tensor)
-
-
-def _counted(
-    named: list[tuple[str, str, Tensor]],
-) -> tuple[tuple[Held, ...], tuple[tuple[str, str, int], ...]]:
-    from accelx._torch import is_dtensor, local_of, storage_id
-
-    seen, parts = set[int](), dict[tuple[str, str], list[int]]()
-    each = list[tuple[str, str, int]]()
-    for part, name, tensor in named:
-        here = local_of(tensor) if is_dtensor(tensor) else tensor
-        if storage_id(here) in seen:
-            continue
-        seen.add(storage_id(here))
-        device = str(here.device)
-        count = 0 if here.is_meta else here.untyped_storage().nbytes()
-        parts.setdefault((part, device), []).append(count)
-        each.append((name, device, count))
-    held = [Held(p, d, len(counts), sum(counts)) for (p, d), counts in parts.items()]
-    each.sort(key=lambda one: -one[2])
-    return tuple(held), tuple(each[:LARGEST])
-
-
-def _device(device: str) -> tuple[int | None, int | None, int | None, int | None]:
-    """Allocated, its peak, reserved, capacity; None for a device without counts."""
-    import torch
-
-    kind = device.partition(":")[0]
-    if kind not in ("cuda", "xpu"):
-        return None, None, None, None
-    module: Any = torch.get_device_module(kind)
-    return (
-        module.memory_allocated(device),
-        module.max_memory_allocated(device),
-        module.memory_reserved(device),
-        module.get_device_properties(device).total_memory,
-    )
-
-
-def _resident() -> int | None:
-    try:
-        pages = Path("/proc/self/statm").read_text().split()[1]
-    except OSError:  # not Linux
-        return None
-    import resource
-
-    return int(pages) * resource.getpagesize()
 
 
 def _resident_peak() -> int | None:

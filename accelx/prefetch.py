@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accelx import tree
+from accelx import _xla, tree
 
 
 def on_device(batches: Iterator[Any], device: str) -> Iterator[Any]:
     """`batches` with every tensor on `device`, in containers of the same types.
 
     CPU: as they are. CUDA: from pinned memory on a stream of its own, the next batch
-    under way before one is handed out. Elsewhere: copied when asked for. Anything with
+    under way before one is handed out. XLA: rows divided over the devices. Elsewhere:
+    copied when asked for. Anything with
     a `.to` of its own (a PackedSequence, a graph) is moved by that.
     """
     kind = torch.device(device).type
@@ -23,7 +24,8 @@ def on_device(batches: Iterator[Any], device: str) -> Iterator[Any]:
         return batches
     if kind == "cuda":
         return ahead(batches, *_cuda(device))
-    return (_moved(batch, lambda leaf: leaf.to(device)) for batch in batches)
+    put = _xla.put if kind == "xla" else lambda leaf: leaf.to(device)
+    return (_moved(batch, put) for batch in batches)
 
 
 def ahead(

@@ -78,6 +78,7 @@ class Env(_Coded):
     launcher: str = "none"  # what `detect` recognised
     rendezvous: str | None = None  # init_method of torch.distributed
     alone: bool = False
+    whole: tuple[Axis, ...] = ()  # of a part made by `along`: the axes of all ranks
 
     @property
     def main(self) -> bool:
@@ -327,4 +328,10 @@ class Engine:
     """(state): a scalar leaf whose gradient is reduced with the others, or None. What
     `backward` is given as (..., leaf, value) comes out there as its mean over ranks.
     """
+    through: Callable[..., Any] | None = None
+    """(loss, weighed): what goes forward and backward in place of one call of the loss,
+    (state, args, rows) -> (state, Out), or None. `weighed` is that of gradients.py.
+    """
     handles: frozenset[str] = frozenset()  # names of passes that it does itself
+    drop: Callable[[Any], None] | None = None
+    """(state): let go of gradients that make no update; None where they are p.grad."""

@@ -7,6 +7,8 @@ import random
 import sys
 from typing import TYPE_CHECKING
 
+from accelx.env_part import rows_env
+
 if TYPE_CHECKING:
     from accelx.records import Env
 
@@ -17,12 +19,13 @@ def seed(env: Env, n: int, per_rank: bool = False) -> None:
     """Start the global generators of Python, NumPy and torch from `n`.
 
     The same on all ranks, so that they make the same weights; with `per_rank` rank r
-    starts from `n + r`, for noise that differs. torch's covers the CPU and every
+    starts from `n + r`, for noise that differs; ranks that share rows draw alike. torch's covers the CPU and every
     device; NumPy's is set (to `n` modulo 2**32) if NumPy is imported by now. These
     generators are global: this is an effect on the whole process.
     Raises ValueError unless the number is in 0 to 2**63 - 1 on every rank.
     """
-    last = LAST - (env.world - 1 if per_rank else 0)
+    rows = rows_env(env)  # ranks that share rows must draw alike
+    last = LAST - (rows.world - 1 if per_rank else 0)
     if not 0 <= n <= last:
         raise ValueError(
             f"seed wants an integer from 0 to {last}, got {n!r}; "
@@ -30,10 +33,13 @@ def seed(env: Env, n: int, per_rank: bool = False) -> None:
         )
     import torch
 
+    from accelx import rng_device
+
     n = operator.index(n)
-    start = n + env.rank if per_rank else n
+    start = n + rows.rank if per_rank else n
     random.seed(start)
     torch.manual_seed(start)
+    rng_device.seed(env.device, start)
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed(start % 2**32)

@@ -16,10 +16,13 @@ from accelx.cut import rows_in
 from accelx.data.stream import Stream
 from accelx.engines.copies import furnished
 from accelx.engines.placed import engine_of, seal
+from accelx.env_part import rows_env
 from accelx.errors import DataError
+from accelx.fit_full import say_full
 from accelx.loader import Loader, as_loader, batches
 from accelx.optimizers import make
 from accelx.records import Loss, Mean, Out, Transform, moved
+from accelx.run_told import under_way
 from accelx.state import (
     State,
     check_state,
@@ -101,9 +104,10 @@ def feed(
         if one.feed is not None:
             made = one.feed(made)
     placed = tx.find("shard_model")
-    if placed is not None and made.world != placed.env.world:
+    ranks = 1 if placed is None else rows_env(placed.env).world
+    if placed is not None and made.world != ranks:
         raise DataError(
-            f"the model is on {placed.env.world} ranks and the data cut for "
+            f"the model is on {ranks} ranks with rows of their own and the data cut for "
             f"{made.world}, so rows would count more than once; put shard_loader(env) "
             "and shard_model(env) of the same env into the chain"
         )
@@ -125,7 +129,8 @@ def grads(tx: Transform, loss: Loss) -> Step:
     def gradients_of(state: State, *args: Any) -> tuple[State, Out]:
         check_state("grads", state)
         began = perf_counter()
-        after, out = run(state, *args)
+        with under_way("grads", state, loss, args):
+            after, out = run(state, *args)
         times = {**out.times, "grads": perf_counter() - began}
         out = attrs.evolve(out, late=None, times=times)
         after = attrs.evolve(after, pending=True)
@@ -145,7 +150,8 @@ def apply(tx: Transform) -> Step:
 
     def applied(state: State, out: Out) -> tuple[State, Out]:
         check_state("apply", state)
-        return _spending(run, state, state, out, out.times.get("grads", 0.0))
+        with under_way("apply", state):
+            return _spending(run, state, state, out, out.times.get("grads", 0.0))
 
     return applied
 
@@ -163,8 +169,9 @@ def step(tx: Transform, loss: Loss) -> Step:
         if type(state) is not State or state.spent is not None:
             check_state("step", state)
         began = perf_counter()
-        after, out = first(state, *args)
-        return _spending(second, state, after, out, perf_counter() - began)
+        with under_way("step", state, loss, args):
+            after, out = first(state, *args)
+            return _spending(second, state, after, out, perf_counter() - began)
 
     return one_step
 
@@ -176,7 +183,8 @@ def _spending(
     number = state.step
     try:
         return run(after, out, seconds)
-    except BaseException:
+    except BaseException as error:
+        say_full(error, after, gradients.env_of(after))
         number = f"{number}, which failed half-way"
         raise
     finally:
@@ -200,7 +208,7 @@ def _update(tx: Transform) -> Step:
             if one.before is not None and out.skipped is None:
                 state, out = one.before(state, out)
         if out.skipped is not None:
-            state.model.zero_grad(set_to_none=True)
+            (engine.drop or _drop)(state)
             return stepped(state, made=False), out
         engine.update(state)
         took = perf_counter() - began
@@ -214,6 +222,10 @@ def _update(tx: Transform) -> Step:
     acting = [p for p in tx if p.before is not None or p.after is not None]
     last: list[Any] = [p.done for p in tx if p.done is not None]
     return whole if last else update
+
+
+def _drop(state: State) -> None:
+    state.model.zero_grad(set_to_none=True)
 
 
 def measure(tx: Transform, fn: Loss) -> Callable[..., Any]:

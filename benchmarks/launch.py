@@ -23,6 +23,7 @@ dist.init_process_group("gloo")
 dist.barrier()
 dist.destroy_process_group()
 """
+RANKS = (1, 2, 4, 8)
 GOALS = {
     "2 ranks: accelx.spawn": "at most 0.45",
     "8 ranks: accelx.spawn": "at most 0.30",
@@ -50,7 +51,7 @@ def launchers(ranks, script):
             script,
         ],
     }
-    if find_spec("accelerate"):
+    if find_spec("accelerate") and ranks > 1:  # of one it refuses --multi_gpu
         words = ["--multi_gpu", f"--num_processes={ranks}", "--num_machines=1"]
         words += ["--mixed_precision=no", "--dynamo_backend=no", script]
         name = f"{ranks} ranks: accelerate {version('accelerate')}"
@@ -65,8 +66,7 @@ def launchers(ranks, script):
 def groups(script):
     """Commands to compare; the first of each group is what the others are held to."""
     return [
-        launchers(2, script),
-        launchers(8, script),
+        *(launchers(ranks, script) for ranks in RANKS),
         {
             "import torch": [PYTHON, "-c", "import torch"],
             "import torch, accelx": [PYTHON, "-c", "import torch, accelx"],

@@ -3,8 +3,9 @@
     python benchmarks/loader.py [--rounds 9]
 
 Shuffled, one rank, the opening of the epoch included. Cheap items are 64 numbers and a
-label; an expensive one takes a matrix product of about 0.4 ms. Each group's first row
-is torch's plain DataLoader. The last group is the first batch of an epoch of 10^6.
+label, from tensors or NumPy arrays, or two numbers of a list; an expensive one takes a
+matrix product of about 0.4 ms. Each group's first row is torch's plain DataLoader. The
+last group is the first batch of an epoch of 10^6.
 """
 
 from __future__ import annotations
@@ -47,6 +48,13 @@ class Bulk(Items):
     def __getitems__(self, indices):
         x, y = self.x[indices], self.y[indices]
         return [{"x": a, "y": b} for a, b in zip(x, y, strict=True)]
+
+
+class Arrays(Items):
+    """Rows as NumPy has them."""
+
+    def __getitem__(self, index):
+        return {"x": self.x[index].numpy(), "y": int(self.y[index])}
 
 
 class Expensive(Items):
@@ -106,6 +114,9 @@ def groups():
     yield variants("TensorDataset of 32", columns, 32, peers=True)
     yield variants("items of 32", Items(n), 32, peers=True)
     yield variants("__getitems__ of 32", Bulk(n), 32)
+    yield variants("arrays of 32", Arrays(n), 32)
+    numbers = [(i, float(i)) for i in range(n)]
+    yield variants("list of numbers of 32", numbers, 32)
     yield variants("items of 32, 2 workers", Items(n), 32, 2, peers=True)
     yield variants("expensive items of 32", Expensive(320), 32)
     yield variants(

@@ -10,6 +10,8 @@ from typing import Any
 
 import attrs
 
+from accelx.text import size
+
 Data = Mapping[str, Any]
 SHORT = 60  # characters of a reason or a value in a table; --json has all of it
 
@@ -39,17 +41,6 @@ def plain(text: str) -> str:
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode() for c in text
     )
-
-
-def size(count: int) -> str:
-    """Bytes, in the decimal units that stores bill by: 1234567 is 1.23 MB."""
-    if count < 1000:
-        return f"{count} B"
-    value, units = float(count), iter(("kB", "MB", "GB", "TB", "PB", "EB"))
-    unit = "B"
-    while value >= 999.5:
-        value, unit = value / 1000, next(units)
-    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {unit}"
 
 
 def age(then: float | None, now: float) -> str:

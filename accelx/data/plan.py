@@ -13,15 +13,13 @@ from torch import Tensor
 from accelx.data.orders import Order, Own, Seeded
 from accelx.data.walks import Walk
 from accelx.errors import DataError
-from accelx.permutation import SORTED, key
+from accelx.permutation import key
 from accelx.rows import Rows, Waited
 
 if TYPE_CHECKING:
     from accelx.loader import Loader
 
-# Positions whose indices are computed at once, 256 KiB; at first 1024, or an epoch that
-# is sorted as a whole.
-BLOCK = 32768
+BLOCK = 32768  # positions whose indices are computed at once, 256 KiB; first a quarter
 Unpack = Callable[[Tensor], Iterable[Any]]  # (batches, rows) int64 -> indices of each
 
 
@@ -159,7 +157,7 @@ def _computed(loader: Loader, start: int, stop: int, unpack: Unpack) -> Iterator
     order, told = order_of(loader), bool(listeners(loader.dataset))
     (n, size), each = _counts(loader), length(loader)
     full = n // size
-    step, positions = start, SORTED if n <= SORTED else BLOCK // 32
+    step, positions = start, BLOCK // 4
     while step < stop:
         epoch, i = divmod(step, each)
         low, high = share(loader, total(loader, i))
@@ -168,7 +166,7 @@ def _computed(loader: Loader, start: int, stop: int, unpack: Unpack) -> Iterator
         found = unpack(_block(loader, order, epoch, i, count))
         yield from (_asked(one, epoch) for one in found) if told else found
         step += count
-        positions = min(2 * positions, BLOCK)
+        positions = BLOCK
 
 
 def _asked(found: list[int], epoch: int) -> Asked:

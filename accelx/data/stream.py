@@ -9,6 +9,7 @@ from typing import Any
 
 from accelx import prefetch
 from accelx.data import stream_dispatch, stream_split
+from accelx.data.collate import quick
 from accelx.data.stream_accept import as_stream, streams
 from accelx.data.stream_parts import readers_of, remembers
 from accelx.data.stream_record import Spot, Stream
@@ -106,13 +107,13 @@ def _checked(found: Generator[Share], check: Check) -> Generator[Share]:
 
 def _delivered(stream: Stream, found: Generator[Share], start: int) -> Iterator[Any]:
     """Collated, moved and marked, with step and rank noted on what is raised."""
-    step, marks = start, deque[Rows]()
+    step, marks, collate = start, deque[Rows](), quick(stream.collate)
 
     def collated() -> Iterator[Any]:
         for share in found:
             marks.append(Rows(share.counts[stream.rank], share.total))
             whole = stream.batch_size is None
-            yield share.part if whole else stream.collate(share.part)
+            yield share.part if whole else collate(share.part)
 
     try:
         with closing(found):

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from accelx import _torch, fetch
 from accelx.data import stream_parts as parts
 from accelx.data.lent import Lent
+from accelx.data.parcel import Parcels
 from accelx.data.stream_record import Spot, Stream
 from accelx.data.stream_wire import packed, unpacked
 from accelx.permutation import key
@@ -161,7 +162,9 @@ def _by_workers(
     workers = kind(
         part,
         batch_size=_size(stream, number, of),
-        collate_fn=packed,
+        collate_fn=Parcels(
+            packed, fetch.ahead(stream.num_workers, stream.prefetch_factor)
+        ),
         worker_init_fn=fetch.Began(stream.worker_init_fn, fetch.answered()),
         generator=seeds,
         num_workers=stream.num_workers,

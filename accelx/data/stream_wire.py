@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import io
 import math
 import pickle
@@ -13,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accelx.comm_wire import dist, group, together
-from accelx.records import Env
+from accelx.comm_wire import dist, group, part, together
+from accelx.records import Axis, Env
 
 FAILED = -1  # in place of a number of rows
 
@@ -24,12 +23,10 @@ def side(env: Env) -> Any:
     the training. Made once, by all ranks, when a stream is first read.
     """
     together(env, "feed")
-    return _side(group(env, "feed"))
-
-
-@functools.lru_cache(maxsize=1)  # a group holds sockets and threads
-def _side(world: object) -> Any:
-    return dist().new_group(backend="gloo")
+    group(env, "feed")
+    whole = env.whole or (Axis("data", env.world),)
+    names = tuple(axis.name for axis in env.axes if env.whole) or ("data",)
+    return part(whole, names, dist().group.WORLD, "gloo")
 
 
 def counted(env: Env | None, mine: int) -> list[int]:
@@ -55,10 +52,10 @@ def spread(env: Env, source: int, value: Any) -> Any:
     data = packed(value) if env.rank == source else None
     if data is not None:
         size[0] = data.numel()
-    dist().broadcast(size, source, group=side(env))
+    dist().broadcast(size, group=side(env), group_src=source)
     if data is None:
         data = torch.empty(int(size), dtype=torch.uint8)
-    dist().broadcast(data, source, group=side(env))
+    dist().broadcast(data, group=side(env), group_src=source)
     return value if env.rank == source else unpacked(data)
 
 
@@ -69,9 +66,9 @@ def deal(env: Env, number: int, parts: Sequence[Tensor | None]) -> None:
     """
     sizes = [0 if one is None else one.numel() for one in parts]
     header = torch.tensor([number, *sizes[1:]], dtype=torch.int64)
-    dist().broadcast(header, 0, group=side(env))
+    dist().broadcast(header, group=side(env), group_src=0)
     under_way = [
-        dist().isend(one, rank, group=side(env))
+        dist().isend(one, group=side(env), group_dst=rank)
         for rank, one in enumerate(parts)
         if rank and one is not None
     ]
@@ -82,12 +79,12 @@ def deal(env: Env, number: int, parts: Sequence[Tensor | None]) -> None:
 def dealt(env: Env) -> tuple[int, Tensor | None]:
     """What `deal` sends to this rank."""
     header = torch.empty(env.world, dtype=torch.int64)
-    dist().broadcast(header, 0, group=side(env))
+    dist().broadcast(header, group=side(env), group_src=0)
     size = int(header[env.rank])
     if not size:
         return int(header[0]), None
     data = torch.empty(size, dtype=torch.uint8)
-    dist().recv(data, 0, group=side(env))
+    dist().recv(data, group=side(env), group_src=0)
     return int(header[0]), data
 
 

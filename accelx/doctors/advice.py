@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from accelx.checkpoints.tables import size
+from accelx.text import size
 
 Data = Mapping[str, Any]
 GIB = 2**30

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from accelx import comm
+from accelx.env_device import kind_of
 from accelx.equivalences import trace
 from accelx.equivalences.compare import Settings
 from accelx.equivalences.report import Layout
@@ -37,7 +38,7 @@ def wanted(what: str, fine: bool, got: object) -> None:
 
 
 def _dtype(env: Env) -> torch.dtype:
-    return torch.float32 if env.device.startswith(("mps", "xla")) else torch.float64
+    return torch.float64 if kind_of(env.device).float64 else torch.float32
 
 
 def collectives(env: Env) -> None:

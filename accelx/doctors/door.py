@@ -29,6 +29,7 @@ def _run(given: argparse.Namespace) -> int:
         None: _report,
         "net": _net,
         "store": _store,
+        "hang": _hang,
     }
     found = commands[given.command](given)
     if found is None:  # a rank that is not the one that prints
@@ -69,3 +70,10 @@ def _store(given: argparse.Namespace) -> Found:
         raise WrongUseError(str(error)) from error
     data = store.tried(given.url, given.size * 2**20)
     return data, store.lines(data), int(not data["sound"])
+
+
+def _hang(given: argparse.Namespace) -> Found:
+    from accelx.doctors import hang
+
+    data = hang.looked(given.folder)
+    return data, hang.lines(data), int(bool(data["odd"]))

@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 from accelx import comm
 from accelx.env import close, connect
 from accelx.env_detect import detect
+from accelx.launch.caller import collect
 from accelx.records import Env
-from accelx.spawn import spawn
 
 SIZES = (4 * 2**10, 256 * 2**10, 4 * 2**20, 64 * 2**20)  # bytes of an all_reduce
 REPEATS = 5
@@ -34,7 +34,7 @@ def ranks(
     not come to an end.
     """
     if detect(environ).world == 1:
-        return spawn(measure, timeout, n=n, timeout=timeout)
+        return collect(measure, (timeout,), n, timeout)
     each = measure(timeout, gathered=True)
     return each if isinstance(each, list) else None
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from accelx.checkpoints.tables import size
 from accelx.doctors import text
+from accelx.text import size
 
 Data = Mapping[str, Any]
 APART = 1.0  # seconds between clocks: ages of checkpoints are told by them

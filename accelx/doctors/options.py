@@ -31,9 +31,10 @@ def whole_number(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog=PROGRAM,
-        description="Report on this machine, or try its network or a store.",
+        description="Report on this machine, try its network or a store, or say why a "
+        "run hangs.",
         epilog="Without a command: a report to paste, without secrets. Exit code: 0, "
-        "1 if something tried has failed, 2 for wrong use.",
+        "1 if something tried has failed or a rank is odd, 2 for wrong use.",
         allow_abbrev=False,
     )
     json: Any = {"action": "store_true", "help": "print one JSON document"}
@@ -54,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     net.add_argument("-n", default=2, help=many, **number)
     limit = "seconds until what has not come is given up, by default 120"
     net.add_argument("--timeout", type=float, default=120.0, help=limit)
+    hang = command("hang", "which rank of a run that hangs is the odd one")
+    hang.add_argument("folder", help="what accelx.spawn --logs was given")
     store = command("store", "write, read, check and remove at a checkpoint URL")
     store.add_argument("url", help="a path, or a URL such as s3://bucket/run")
     amount = "MiB of the largest object, by default 16"

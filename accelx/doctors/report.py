@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from accelx.checkpoints.tables import size
 from accelx.doctors import text
 from accelx.doctors.advice import advice
+from accelx.text import size
 
 Data = Mapping[str, Any]
 

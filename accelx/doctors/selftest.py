@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from accelx.doctors.options import whole_number
-from accelx.doors import FAILED, Parser, ended
+from accelx.doors import FAILED, Parser, aside, ended
 
 TYPE_CHECKING = False  # importing `typing` would cost `--help` 10 ms
 if TYPE_CHECKING:
@@ -27,8 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(given: argparse.Namespace) -> int:
     import json
+    from contextlib import nullcontext
 
-    data = tested(given.n, given.device, given.timeout)
+    with aside() if given.json else nullcontext():
+        data = tested(given.n, given.device, given.timeout)
     shown = json.dumps(data, indent=2) if given.json else "\n".join(lines(data))
     sys.stdout.write(f"{shown}\n")
     return 0 if data["sound"] else FAILED
@@ -36,9 +38,9 @@ def _run(given: argparse.Namespace) -> int:
 
 def tested(n: int, device: str | None, timeout: float) -> dict[str, Any]:
     """What the checks found on `n` ranks. Raises SpawnError if a rank is lost."""
-    from accelx.spawn import spawn
+    from accelx.launch.caller import collect
 
-    each: list[Rows] = spawn(ran, device, timeout, n=n, timeout=timeout)
+    each: list[Rows] = collect(ran, (device, timeout), n, timeout)
     rows = merged(each)
     placed = each[0][0] if each[0] else {}
     return {

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from accelx import storage
-from accelx.checkpoints.tables import size
 from accelx.doctors import text
 from accelx.errors import StorageError
 from accelx.storage_at import scrubbed
+from accelx.text import size
 
 Data = Mapping[str, Any]
 SMALL = b"accelx doctor\n"

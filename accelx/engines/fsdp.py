@@ -10,11 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from accelx import _torch, comm, deferred, dtypes
-from accelx.engines import copies, fsdp_step, methods, options, placed, whole
+from accelx.engines import (
+    copies,
+    experts,
+    fsdp_step,
+    methods,
+    options,
+    placed,
+    tensors,
+    whole,
+)
 from accelx.engines.placed import Placed, Plan
 from accelx.errors import PlacementError
 from accelx.match import select
 from accelx.records import Engine, Precision
+from accelx.saves.lie import box_at
 
 ENGINE = Engine(
     "fsdp2",
@@ -86,15 +96,37 @@ def _made(
     from torch.distributed.tensor import distribute_tensor
 
     like = copies.get(model, name)
-    full = recorder.full(source) if plan.env.main else torch.empty(source.shape)
+    main = plan.everyone.main
+    full = recorder.full(source) if main else torch.empty(source.shape)
     full = full.to(device=plan.env.device, dtype=like.dtype)
     if not _torch.is_dtensor(like):
         full = full.clone()
         copies.from_main(full, plan.env.device)
         weight = isinstance(like, nn.Parameter)
         return nn.Parameter(full, like.requires_grad) if weight else full
-    slices = distribute_tensor(full, like.device_mesh, like.placements)
+    if plan.tensors is not None or plan.experts is not None:
+        slices = _cut(full.clone(), like, plan)
+    else:
+        slices = distribute_tensor(full, like.device_mesh, like.placements)
     return nn.Parameter(slices.to(_home(plan, like)), like.requires_grad)
+
+
+def _cut(full: Tensor, like: Any, plan: Plan) -> Any:
+    """This rank's slice of rank 0's `full` over two meshes at once."""
+    from torch.distributed.tensor import DTensor
+
+    copies.from_main(full, plan.env.device)
+    box = box_at(like, like.device_mesh.get_coordinate())
+    index = [slice(0, 0)] * full.dim() if box is None else map(slice, box.lo, box.hi)
+    local = full[tuple(index)].reshape(_torch.local_of(like).shape).clone()
+    return DTensor.from_local(
+        local,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=full.shape,
+        stride=full.stride(),
+    )
 
 
 def _home(plan: Plan, tensor: Tensor) -> str:
@@ -103,13 +135,36 @@ def _home(plan: Plan, tensor: Tensor) -> str:
     return "cpu" if away else plan.env.device
 
 
+def sharded(model: nn.Module, plan: Plan) -> Placed:
+    """Cut what is in `model`, the same on all ranks of `plan.env`, in slices."""
+    return _sharded(model, plan, PlacementError("it is not the whole model"))
+
+
 def _sharded(model: nn.Module, plan: Plan, blank: Any) -> Placed:
     from torch.distributed.fsdp import fully_shard
 
+    def again(old: Placed, copy: nn.Module, source: nn.Module) -> Placed:
+        fresh = _sharded(copy, plan, blank)
+        copies.fill(copy, source)
+        return fresh
+
+    fork = copies.forker(blank, again)
+    if plan.tensors is not None:
+        tensors.split(model, plan)
+        if plan.env.world == 1:
+            return tensors.alone(model, plan, fork)
+    dealt = [] if plan.experts is None else experts.split(model, plan)
     kept = whole.ignored(model, plan.options.ignored)
-    common = {"mesh": comm.mesh(plan.env), "ignored_params": kept or None}
+    common = {"mesh": _mesh(plan), "ignored_params": kept or None}
     common |= _offloading(plan)
     policy, reshard = _policy(plan.precision), plan.options.reshard_after_forward
+    if dealt and experts.others(plan.env).world == 1:
+        common["ignored_params"] = {p for m in dealt for p in m.parameters()}
+    elif dealt:
+        line = _mesh(attrs.evolve(plan, env=experts.others(plan.env)))
+        for module in dealt:
+            own = common | {"mesh": line}
+            fully_shard(module, reshard_after_forward=reshard, **own, **policy(False))
     blocks: list[Any] = _blocks(model, plan, kept)
     for block in reversed(blocks):  # innermost first
         fully_shard(block, reshard_after_forward=reshard, **common, **policy(False))
@@ -118,28 +173,49 @@ def _sharded(model: nn.Module, plan: Plan, blank: Any) -> Placed:
     _ahead([model, *blocks], plan.options.prefetch)
     methods.gathering(model, plan.options.methods)
 
-    def again(old: Placed, copy: nn.Module, source: nn.Module) -> Placed:
-        fresh = _sharded(copy, plan, blank)
-        copies.fill(copy, source)
-        return fresh
-
     laid = fsdp_step.Laid(
         tuple(_torch.fsdp_modules(model)),
         options.copies(plan.env, plan.kind),
         bool(kept),
         plan.precision and dtypes.dtype(plan.precision.reduce),
+        _counted(model, plan),
+        _experts(model, dealt, plan),
     )
     return Placed(
-        HYBRID if plan.kind == "hsdp" else ENGINE,
+        attrs.evolve(ENGINE, name=plan.kind),
         plan.env,
         model,
         handle=laid,
         drifting=placed.drifting(model, plan.env),
         unused=plan.unused,
-        fork=copies.forker(blank, again),
+        fork=fork,
         rest=laid.rest,
         forget=lambda: _torch.fsdp_forget(model),
     )
+
+
+def _counted(model: nn.Module, plan: Plan) -> tensors.Counted | None:
+    """On how many ranks each slice lies, where that is not the same of all weights."""
+    if plan.tensors is not None:
+        return tensors.Counted.of(model, plan.everyone, plan.tensors.over)
+    return None if plan.experts is None else tensors.Counted.of(model, plan.everyone)
+
+
+def _experts(
+    model: nn.Module, dealt: list[nn.Module], plan: Plan
+) -> fsdp_step.Experts | None:
+    """Weights of which each rank of an axis has its own."""
+    inside = {id(p) for module in dealt for p in module.parameters()}
+    names = frozenset(n for n, p in model.named_parameters() if id(p) in inside)
+    return fsdp_step.Experts(names, plan.experts.over.world) if dealt else None
+
+
+def _mesh(plan: Plan) -> Any:
+    """The ranks over which weights are cut, or, for whole copies, cut in one slice."""
+    if plan.kind == "hsdp":
+        return comm.mesh(plan.env)
+    mesh = comm.line(plan.env)
+    return _torch.copies_mesh(mesh) if plan.kind == "ddp" else mesh
 
 
 def _ahead(modules: list[Any], count: int) -> None:

@@ -11,12 +11,20 @@ import torch
 from torch import Tensor
 
 from accelx import _torch, comm
-from accelx.engines import placed, plain, whole
+from accelx.engines import experts, placed, plain, tensors, whole
 from accelx.engines.placed import Placed
 from accelx.errors import UnusedParameterError
 
 if TYPE_CHECKING:
     from accelx.state import State
+
+
+@attrs.frozen
+class Experts:
+    """Weights that came from the tokens of all ranks of an axis, by name."""
+
+    names: frozenset[str]
+    ranks: int
 
 
 @attrs.frozen
@@ -27,6 +35,8 @@ class Laid:
     copies: int  # ranks that hold the same slice
     whole: bool  # whether some weights are in no slices
     wire: torch.dtype | None  # in which gradients travel; None for their own
+    counted: tensors.Counted | None = None  # where weights do not all lie alike
+    experts: Experts | None = None
 
     def rest(self) -> None:
         """Let go of what was gathered: weights are slices again."""
@@ -48,6 +58,11 @@ def settle(state: State, scale: Tensor | float) -> None:
     if here.handle.whole:
         kept = whole.parted(plain.gradients(state))[1]
         whole.reduce(kept, here.env, here.handle.wire)
+    if here.handle.experts is not None:
+        dealt: Experts = here.handle.experts
+        experts.divide(dealt.names, dealt.ranks, state.trained)
+    if here.handle.counted is not None:
+        here.handle.counted.alike(state)
     placed.average(here.drifting, here.env)
     if not (isinstance(scale, float) and scale == 1.0):
         _scale(state, scale)
@@ -88,6 +103,11 @@ def update(state: State) -> None:
 def clip(state: State, limit: float | None) -> Tensor:
     """The 2-norm over all weights, each counted once, (); scales to `limit` beyond."""
     here: Placed = state.slots["shard_model"]
+    if here.handle.counted is not None:
+        norm = here.handle.counted.norm(state)
+        if limit is not None:
+            _scale(state, plain.shrink(norm, limit))
+        return norm
     slices, kept = whole.parted(plain.gradients(state))
     square = plain.total(slices).square().to(here.env.device)
     comm.sum_scalars(here.env, square)

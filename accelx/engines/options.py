@@ -7,11 +7,14 @@ from typing import Any
 
 import attrs
 
+from accelx.env_device import several
 from accelx.errors import PlacementError
 from accelx.records import Env, code
 
-KINDS = ("ddp", "fsdp2", "hsdp")
+KINDS = ("ddp", "fsdp2", "hsdp", "deepspeed", "xla")
 SLICED = ("fsdp2", "hsdp")
+WHOLE = ("ddp", "deepspeed")  # a model that every rank makes in full
+WITH_OPTIMIZERS = ("deepspeed",)  # that place once more, when there are optimizers
 MESH = ("replicate", "shard")  # axes of hsdp: copies outside, slices inside
 HOOKS = ("bf16", "fp16", "powersgd")
 
@@ -56,12 +59,14 @@ class Options:
     hook: Hook | None = None
     static_graph: bool = False
     bucket_mb: float | None = None
+    stage: int | None = None
+    config: dict[str, Any] | None = None
 
 
 _OF = {
-    **dict.fromkeys(
-        ("reshard_after_forward", "offload", "ignored", "prefetch"), SLICED
-    ),
+    **dict.fromkeys(("reshard_after_forward", "ignored", "prefetch"), SLICED),
+    "offload": (*SLICED, "deepspeed"),
+    **dict.fromkeys(("stage", "config"), ("deepspeed",)),
     **dict.fromkeys(("hook", "static_graph", "bucket_mb"), ("ddp",)),
 }
 _INSTEAD = {
@@ -77,6 +82,7 @@ def check(env: Env, kind: str, blocks: Any, options: Options) -> None:
     nothing to lay out.
     """
     one_of("shard_model(env, kind)", kind, KINDS)
+    _device(env, kind)
     _values(options)
     for field in attrs.fields(Options):
         kinds = _OF.get(field.name, KINDS)
@@ -98,6 +104,20 @@ def check(env: Env, kind: str, blocks: Any, options: Options) -> None:
         laid_out(env, kind)
     if env.world > 1 and kind in SLICED:
         _divides(options.reshard_after_forward, shards(env, kind))
+
+
+def _device(env: Env, kind: str) -> None:
+    """XLA devices and the kind "xla" come together, in one process."""
+    if kind == "xla" and env.world > 1:
+        raise PlacementError(several(env.world))
+    if (env.device.partition(":")[0] == "xla") != (kind == "xla"):
+        instead = (
+            'connect(device="xla")' if kind == "xla" else 'shard_model(env, "xla")'
+        )
+        raise PlacementError(
+            f'the kind "xla" is for the device xla and no other, got {kind!r} on '
+            f"{env.device}; write {instead}"
+        )
 
 
 def one_of(where: str, got: object, choices: tuple[str, ...]) -> None:
@@ -160,7 +180,8 @@ def laid_out(env: Env, kind: str) -> None:
             f"called shard, but the axes of this Env of {env.world} ranks are ({shown})"
             f'; write env = ax.connect(axes="replicate={half},shard=-1"), or "fsdp2"'
         )
-    if kind == "fsdp2" and len(names) > 1:
+    others = [name for name in names if name not in ("sequence", "expert")]
+    if kind == "fsdp2" and len(others) > 1:
         instead = '"hsdp"' if names == MESH else "ax.connect() without axes"
         raise PlacementError(
             f"fsdp2 shards over one axis, but this Env has ({shown}); write {instead}"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
 from torch import Tensor, nn
 
+from accelx.comm_wire import group
 from accelx.engines import methods, plain, whole
 from accelx.engines.options import Options
 from accelx.errors import NeutralityWarning, PlacementError, UnusedParameterError
@@ -19,6 +20,7 @@ from accelx.records import Engine, Env, Precision, Transform
 from accelx.state import Transient
 
 if TYPE_CHECKING:
+    from accelx.saves.flat import Flat
     from accelx.state import State
 
 
@@ -43,6 +45,9 @@ class Plan:
     blank: Fills = nothing  # what is overwritten unseen: its numbers need not be made
     kind: str = "ddp"
     options: Options = attrs.field(factory=Options)
+    everyone: Env = attrs.field(factory=Env)  # also ranks that share rows with this one
+    tensors: Any = None  # the spec of shard_tensors
+    experts: Any = None  # the spec of shard_experts
 
 
 @attrs.frozen(eq=False)
@@ -61,6 +66,12 @@ class Placed(Transient):
     fork: Callable[[State], State] | None = None
     rest: Callable[[], None] = lambda: None  # make parameters what optimizers see
     forget: Callable[[], None] = lambda: None  # drop what a failed backward left
+    begin: Callable[[State, Transform], State] | None = None  # with the optimizers
+    # by id: weights that lie otherwise than they look. Optimizers over what has names
+    flat: Callable[[], Mapping[int, Flat]] = dict
+    seen: Callable[[State], tuple[Any, ...]] = lambda state: state.optimizers
+    written: Callable[[], None] = lambda: None  # weights were written from outside
+    stages: Any = None  # what ranks know of a pipeline, of which this one has a part
 
 
 def engine_of(state: State) -> Engine:
@@ -170,7 +181,7 @@ def average(buffers: tuple[Tensor, ...], env: Env) -> None:
     import torch.distributed as dist
 
     flat = torch.cat([b.detach().double().flatten() for b in buffers])
-    dist.all_reduce(flat)
+    dist.all_reduce(flat, group=group(env, "average"))
     flat /= env.world
     for b, new in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
         b.copy_(new.view_as(b))
@@ -198,7 +209,9 @@ ALONE = attrs.evolve(plain.ENGINE, settle=_settle_alone)
 """The plain engine for a model placed on one rank: it asks what others ask."""
 
 
-def unused(names: list[str], placed: Placed) -> UnusedParameterError:
+def unused(
+    names: list[str], placed: Placed, allowed: bool = True
+) -> UnusedParameterError:
     """The error that says which parameters got no gradient, and what to do."""
     alone = placed.engine is ALONE
     kind = "" if alone else f', "{placed.engine.name}"'
@@ -207,5 +220,5 @@ def unused(names: list[str], placed: Placed) -> UnusedParameterError:
         f"{len(names)} trainable parameter{'s' * (len(names) > 1)} got no gradient on "
         f"rank {placed.env.rank}: {shown}. Use them in the loss, or freeze them "
         "(parameter.requires_grad_(False)), or write "
-        f'shard_model(env{kind}, unused="allow")'
+        f'shard_model(env{kind if allowed else ""}, unused="allow")'
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from accelx import _torch
+from accelx.comm_wire import group
 from accelx.errors import PlacementError
 from accelx.match import Selector, fits
 from accelx.records import Env
@@ -63,7 +64,7 @@ def reduce(grads: list[Tensor], env: Env, wire: torch.dtype | None = None) -> No
     for dtype in sorted(groups, key=str):
         flat = torch.cat([grad.reshape(-1) for grad in groups[dtype]])
         flat = flat.to(device=env.device, dtype=wire or dtype)
-        dist.all_reduce(flat)
+        dist.all_reduce(flat, group=group(env, "reduce"))
         flat /= env.world
         sizes = [grad.numel() for grad in groups[dtype]]
         for grad, new in zip(groups[dtype], flat.split(sizes), strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from accelx.doors import FAILED, Parser, WrongUseError, ended
+from accelx.doors import FAILED, Parser, WrongUseError, aside, ended
 
 TYPE_CHECKING = False  # importing `typing` would cost `--help` 10 ms
 if TYPE_CHECKING:
@@ -24,13 +24,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(given: argparse.Namespace) -> int:
     import json
+    from contextlib import nullcontext
 
     build = _build(given.file)
     from accelx.equivalences.check import check_equivalence
 
     named = {k: v for k, v in vars(given).items() if k not in ("file", "json")}
     try:
-        report = check_equivalence(build, **named)
+        with aside() if given.json else nullcontext():
+            report = check_equivalence(build, **named)
     except (ValueError, TypeError) as error:
         raise WrongUseError(str(error)) from error
     sys.stdout.write(f"{json.dumps(report.data, indent=2) if given.json else report}\n")

@@ -51,7 +51,7 @@ def _parser() -> _Parser:
     parser = _Parser(
         prog=PROGRAM,
         usage=f"{PROGRAM} -n N [options] [-m] script [args ...]",
-        description="Start a script as N ranks on this machine.",
+        description="Start a script as N ranks on this machine, or on each of several.",
         epilog="A setting may also be ACCELX_NAME in the environment, or stand in "
         "accelx.toml; --print shows all, with their sources.",
         allow_abbrev=False,
@@ -60,6 +60,7 @@ def _parser() -> _Parser:
     count = "number of ranks: 8; auto is one per GPU, or per NUMA node"
     say("-n", "--num-ranks", dest="num_ranks", metavar="N", help=count)
     _add_kinds(parser)
+    _add_nodes(parser)
     logs = "write each rank's output to DIR/rank-N.log too, a failure to failure.json"
     say("--logs", "--log-dir", dest="log_dir", metavar="DIR", help=logs)
     _add_prefix(parser)
@@ -87,6 +88,29 @@ def _add_prefix(parser: _Parser) -> None:
         parser.add_argument(
             flag, action="store_const", dest="prefix", const=const, help=text
         )
+
+
+def _add_nodes(parser: _Parser) -> None:
+    say = parser.add_argument_group("several machines, and starting again").add_argument
+    for flag, name, metavar, text in (
+        ("--nodes", None, "N", "machines: 2, or 1:4 for as many as there are"),
+        ("--min", "min_ranks", "R", "the same, as ranks: the fewest over all machines"),
+        ("--max", "max_ranks", "R", "and the most"),
+        (
+            "--rendezvous",
+            None,
+            "HOST:PORT",
+            "where they meet: an address of one of them",
+        ),
+        ("--node-rank", None, "K", "which of them this is, from 0; auto by default"),
+        ("--job-id", None, "NAME", "machines of other jobs are refused"),
+        ("--restarts", None, "N", "how often ranks start again after a failure"),
+        ("--last-call", None, "S", "seconds to wait for more machines than the fewest"),
+        ("--join-timeout", None, "S", "seconds to wait for the fewest"),
+        ("--lost-after", None, "S", "seconds without a sign until a machine is gone"),
+    ):
+        dest = name or flag.strip("-").replace("-", "_")
+        say(flag, dest=dest, metavar=metavar, help=text)
 
 
 def _add_kinds(parser: _Parser) -> None:

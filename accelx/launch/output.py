@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
 import attrs
 
+from accelx.comm_hang import forget
 from accelx.errors import SpawnError
 from accelx.launch.plan import Plan
 
+Log = BinaryIO | None
 END = re.compile(rb"(\r?\n|\r)")
 
 
@@ -33,18 +36,21 @@ def wanted(plan: Plan) -> bool:
     return plan.prefix or plan.log_dir is not None
 
 
-def open_logs(plan: Plan) -> list[BinaryIO | None]:
-    """One log file per rank, emptied; Nones without `--log-dir`."""
+def open_logs(plan: Plan, ranks: Iterable[int], part: str = "") -> list[Log]:
+    """A log file for each of `ranks`, emptied; Nones without `--log-dir`.
+
+    `part` is a folder in that of the logs.
+    """
     if plan.log_dir is None:
-        return [None] * plan.num_ranks
-    folder = Path(plan.log_dir)
+        return [None for _ in ranks]
+    folder = Path(plan.log_dir, part)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "failure.json").unlink(missing_ok=True)
-        return [
-            (folder / f"rank-{rank}.log").open("wb", buffering=0)
-            for rank in range(plan.num_ranks)
-        ]
+        for rank in ranks:
+            forget(folder, range(rank, rank + 1))
+        names = (folder / f"rank-{rank}.log" for rank in ranks)
+        return [name.open("wb", buffering=0) for name in names]
     except OSError as error:
         raise SpawnError(
             f"--log-dir wants a folder that can be written, got {plan.log_dir!r} "
@@ -52,9 +58,9 @@ def open_logs(plan: Plan) -> list[BinaryIO | None]:
         ) from error
 
 
-def prefix_of(plan: Plan, rank: int) -> bytes:
+def prefix_of(plan: Plan, rank: int, world: int) -> bytes:
     """`[3] `, as wide for every rank."""
-    width = len(str(plan.num_ranks - 1))
+    width = len(str(world - 1))
     return f"[{rank:>{width}}] ".encode() if plan.prefix else b""
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NoReturn
 
 import attrs
 
 from accelx.errors import SpawnError
+from accelx.launch.elastic import Elastic, decide_elastic
 from accelx.launch.machine import Machine, cores, shares
 from accelx.launch.options import PROGRAM
 from accelx.launch.settings import KNOWN, Choice, File, decide
@@ -55,6 +56,7 @@ class Plan:
     exports: Mapping[str, str]  # variables that every rank gets
     shares: tuple[tuple[int, ...], ...]  # CPU numbers of each rank; empty: not bound
     settings: tuple[Setting, ...]  # as `--print` shows them
+    elastic: Elastic | None = None  # None: ranks of this machine, started once
 
 
 def asked_for(given: argparse.Namespace) -> Asked:
@@ -94,12 +96,16 @@ def resolve(
         chosen["bind"], environ, machine, ranks, int(_first(threads.value))
     )
     system = decide_system(machine.system, machine.has, environ)
-    exports = (
-        threads,
-        _variable(environ, "GLOO_SOCKET_IFNAME", system.loopback, "this machine only"),
-        _variable(environ, "NCCL_SOCKET_IFNAME", system.loopback, "this machine only"),
-    )
+    elastic, about = decide_elastic(chosen, ranks, asked.target, environ)
+    if call and elastic is not None:
+        _refuse_elastic(elastic)
+    several = elastic is not None and elastic.most > 1
+    exports = (threads, *(() if several else _interfaces(environ, system)))
     said = _said(asked, chosen, file)
+    said += [
+        Setting(name, _shown(name, c.value), c.source) for name, c in about.items()
+    ]
+    meeting = _picked(environ) if several else _meeting(environ)
     return Plan(
         asked=asked,
         num_ranks=ranks,
@@ -111,7 +117,8 @@ def resolve(
         log_dir=chosen["log_dir"].value,
         exports={s.name: s.value for s in exports if s.source != "environment"},
         shares=bound,
-        settings=(count, *said, *_meeting(environ), *exports, cpus, _gpus(machine)),
+        settings=(count, *said, *meeting, *exports, cpus, _gpus(machine)),
+        elastic=elastic,
     )
 
 
@@ -137,26 +144,6 @@ def check_cores(num_ranks: int, cores: int) -> None:
         )
 
 
-def rank_variables(plan: Plan, rank: int, port: int) -> dict[str, str]:
-    """The environment variables by which a rank knows where it stands."""
-    world = str(plan.num_ranks)
-    return {
-        **plan.exports,
-        "RANK": str(rank),
-        "WORLD_SIZE": world,
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": world,
-        "GROUP_RANK": "0",
-        "GROUP_WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        # torch's word for "the launcher serves the store": no rank opens a port for it
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",  # torch 2.9 wants it beside
-        "ACCELX_LAUNCHER": "accelx",
-    }
-
-
 def table(plan: Plan) -> str:
     """The plan as `--print` shows it."""
     rows = [("setting", "value", "from")]
@@ -175,6 +162,14 @@ def _check_outermost(asked: Asked, environ: Mapping[str, str]) -> None:
             f"{rank} of {world}; write python {asked.target} here, or unset RANK and "
             "WORLD_SIZE"
         )
+
+
+def _refuse_elastic(elastic: Elastic) -> NoReturn:
+    raise SpawnError(
+        "a function or a cell is run by ranks of this machine, which start once, got "
+        f"nodes {elastic.nodes} and restarts {elastic.restarts}; write it to a script "
+        f"and {PROGRAM} --nodes {elastic.nodes}, or leave both settings out"
+    )
 
 
 def _num_ranks(count: Choice, machine: Machine) -> Setting:
@@ -214,8 +209,8 @@ def _shown(name: str, value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value is None:
-        return "none"
-    return f"{value:g} s" if name in ("grace", "timeout") else str(value)
+        return "auto" if name == "node_rank" else "none"
+    return f"{value:g} s" if isinstance(value, float) else str(value)
 
 
 def _meeting(environ: Mapping[str, str]) -> list[Setting]:
@@ -224,6 +219,24 @@ def _meeting(environ: Mapping[str, str]) -> list[Setting]:
     return [
         Setting("MASTER_ADDR", "127.0.0.1", f"default: this machine only{unused}"),
         Setting("MASTER_PORT", "a free one", f"default: taken at the start{unused}"),
+    ]
+
+
+def _picked(environ: Mapping[str, str]) -> list[Setting]:
+    """The same of ranks on several nodes."""
+    where = "default: of the node of rank 0, at each attempt"
+    name, why = "GLOO_SOCKET_IFNAME", "what reaches the rendezvous"
+    return [
+        Setting("MASTER_ADDR", "an address", where),
+        Setting("MASTER_PORT", "a free one", where),
+        _variable(environ, name, "an interface", why),
+    ]
+
+
+def _interfaces(environ: Mapping[str, str], system: System) -> list[Setting]:
+    return [
+        _variable(environ, name, system.loopback, "this machine only")
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
     ]
 
 

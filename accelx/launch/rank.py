@@ -15,7 +15,8 @@ import attrs
 
 from accelx.launch import call, environ, target
 from accelx.launch.failure import Failure, dumps, raised, remember
-from accelx.launch.plan import Plan, rank_variables
+from accelx.launch.place import Place, rank_variables
+from accelx.launch.plan import Plan
 from accelx.launch.tether import die_with, die_with_pipe
 from accelx.launch.watch import let_signals
 
@@ -24,8 +25,7 @@ from accelx.launch.watch import let_signals
 class Birth:
     """What a rank gets from the launcher beside the plan."""
 
-    rank: int
-    port: int  # of the store, on 127.0.0.1
+    place: Place
     parent: int  # process id of the launcher
     report: int  # file descriptor: one line of JSON, if the rank fails
     stack: int  # file descriptor: where a fault was, or the program is
@@ -36,7 +36,8 @@ class Birth:
 
 
 def be(plan: Plan, birth: Birth, code: CodeType | None) -> int:
-    """Become rank `birth.rank`, run the program, and return the exit code."""
+    """Become the rank of `birth`, run the program, and return the exit code."""
+    _write_stacks(birth.stack)  # before the first SIGQUIT can come
     let_signals()
     os.setsid()  # a Ctrl-C at the terminal reaches the launcher alone
     if birth.tether is None:
@@ -44,14 +45,13 @@ def be(plan: Plan, birth: Birth, code: CodeType | None) -> int:
     else:
         die_with_pipe(birth.tether)
     _connect_output(birth)
-    environ.write(rank_variables(plan, birth.rank, birth.port))
+    environ.write(rank_variables(plan, birth.place))
     if plan.shares:
-        os.sched_setaffinity(0, plan.shares[birth.rank])
+        os.sched_setaffinity(0, plan.shares[birth.place.local_rank])
     _reseed()
-    _write_stacks(birth.stack)
     gc.enable()
     if plan.asked.kind == "call":
-        return _told(birth, lambda: call.run(plan.asked.target, birth.rank))
+        return _told(birth, lambda: call.run(plan.asked.target, birth.place.rank))
     return _told(birth, lambda: target.run(plan.asked, code))
 
 
@@ -62,10 +62,10 @@ def _told(birth: Birth, program: Callable[[], None]) -> int:
     except SystemExit as error:
         if error.code is None or error.code == 0:
             return 0
-        return _report(birth, raised(birth.rank, error), own)
+        return _report(birth, raised(birth.place.rank, error), own)
     except BaseException as error:
         remember(error)
-        return _report(birth, raised(birth.rank, error), own)
+        return _report(birth, raised(birth.place.rank, error), own)
     return 0
 
 
@@ -80,7 +80,7 @@ def _report(birth: Birth, failure: Failure, own: int) -> int:
 
 
 def _connect_output(birth: Birth) -> None:
-    if birth.rank:  # one rank at most can read the terminal
+    if birth.place.local_rank:  # one rank at most can read the terminal
         nowhere = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nowhere, 0)
         os.close(nowhere)
@@ -95,7 +95,7 @@ def _connect_output(birth: Birth) -> None:
 
 def _write_stacks(file: int) -> None:
     """Have a fault write where the program was, and SIGQUIT where it is."""
-    faulthandler.register(signal.SIGQUIT, file, all_threads=False)
+    faulthandler.register(signal.SIGQUIT, file, all_threads=True)
     if not faulthandler.is_enabled():
         faulthandler.enable(file, all_threads=False)
 

@@ -9,6 +9,7 @@ import attrs
 from accelx.launch.failure import Failure
 from accelx.launch.output import Stream
 from accelx.launch.plan import Plan
+from accelx.launch.wire import Wire
 
 
 @attrs.define(eq=False)
@@ -35,10 +36,16 @@ class Run:
     tether: tuple[int, int] | None = None  # a pipe; only the launcher can write to it
     oom_kills: int | None = None  # by the kernel in this control group, those explained
     limit: float | None = None  # when the run has taken too long
+    agent: Wire | None = None  # who may recall the ranks, to start them anew
+    recalled: bool = False
+    noticed: bool = False  # a SIGUSR1 or SIGUSR2 was passed on
     asked: signal.Signals | None = None  # the user's wish to stop
     asked_at: float = 0.0
     stage: str = "running"  # settling, asking, ending, killing
     deadline: float | None = None
+    answer: float | None = None  # when ranks that were asked have said where they are
+    looked: float = 0.0  # by the wall clock, when they were asked
+    notes: list[str] = attrs.field(factory=list[str])  # on ranks that hang
     stopped_at: float = float("inf")  # what fails later fails because it was stopped
     unkind: list[int] = attrs.field(factory=list[int])  # ranks that had to be killed
 

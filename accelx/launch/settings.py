@@ -9,12 +9,13 @@ from typing import Any
 import attrs
 
 from accelx.errors import SpawnError
+from accelx.launch import texts
 from accelx.launch.nearest import nearest
 from accelx.launch.options import GRACE, PROGRAM
 
 PREFIX = "ACCELX_"
 # Variables of that name which are no settings: what the launcher tells its ranks.
-TOLD = {"LAUNCHER", "SPAWN_LOADS"}
+TOLD = {"LAUNCHER", "REPORTS", "SPAWN_LOADS"}
 NEAR = 0.7  # how like a setting a variable's name must be to be taken for a slip
 YES, NO = {"yes", "true", "on", "1"}, {"no", "false", "off", "0"}
 
@@ -81,6 +82,13 @@ def seconds(text: str) -> float:
     return value
 
 
+def whole(text: str) -> float:
+    """A number of seconds, 1 or more."""
+    if not (value := seconds(text)) >= 1:
+        raise ValueError(text)
+    return value
+
+
 def limit(text: str) -> float | None:
     """A number of seconds above 0, or `none`."""
     if text == "none":
@@ -126,6 +134,45 @@ KNOWN = (
         *("600", limit),
     ),
     Known("bind", "--bind", "bind is auto, always or never", '"auto"', binding, "auto"),
+    Known(
+        *("nodes", "--nodes", "nodes is a number from 1, or a range such as 1:4"),
+        *("2", texts.nodes),
+    ),
+    Known(
+        *("min_ranks", "--min", "the fewest ranks are a number from 1", "4"),
+        texts.several,
+    ),
+    Known(
+        *("max_ranks", "--max", "the most ranks are a number from 1", "8"),
+        texts.several,
+    ),
+    Known(
+        *("node_rank", "--node-rank", "the rank of a node is a number from 0, or auto"),
+        *('"auto"', texts.node_rank),
+    ),
+    Known(
+        *("rendezvous", "--rendezvous", "nodes meet at an address, host:port"),
+        *('"node0:29400"', texts.endpoint),
+    ),
+    Known(
+        *("job_id", "--job-id", "a job's name is one word"),
+        *('"run-7"', texts.name),
+    ),
+    Known(
+        *("restarts", "--restarts", "restarts are a number, 0 or more", "3"),
+        *(texts.count, 0),
+    ),
+    Known(
+        *("last_call", "--last-call", "a time in seconds is 0 or more", "10"),
+        *(seconds, 10.0),
+    ),
+    Known(
+        *("join_timeout", "--join-timeout", "a time in seconds is 1 or more", "600"),
+        *(whole, 600.0),
+    ),
+    Known(
+        *("lost_after", "--lost-after", "a time in seconds is 1 or more", "10", whole),
+    ),
 )
 
 

@@ -17,7 +17,7 @@ def verdict(run: Run) -> End:
         late = _late(failures, root)
         others = sum(bool(r.code) for r in run.ranks if r.number != root.rank)
         text = told(root, run.plan.host, 0 if late else others)
-        notes += [*_early(run, root), *late]
+        notes += [*_early(run, root), *late, *run.notes]
         return End(root.code, root, "\n".join([text, *notes]))
     codes = [rank.code for rank in run.ranks if rank.code]
     if run.asked is None or not codes:

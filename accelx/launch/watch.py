@@ -9,30 +9,34 @@ import signal
 import sys
 import time
 from collections.abc import Generator
+from pathlib import Path
 
-from accelx.launch import kernel
+from accelx.comm_hang import forget
+from accelx.launch import hang, kernel
 from accelx.launch.failure import Failure, died, late, loads
 from accelx.launch.output import finish, pump, write_log
 from accelx.launch.reading import Seen, read, wants_count
 from accelx.launch.running import End, Rank, Run
 from accelx.launch.verdict import verdict
+from accelx.launch.wire import Wire, hear
 
 SETTLE = 2.0  # seconds that the others have to end by themselves after a failure
-STACKS = 0.5  # seconds that late ranks have to write where they are
 REPEAT = 1.0  # a signal that comes again within this many seconds is the same one
 STOPPING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 PASSED_ON = {signal.SIGUSR1, signal.SIGUSR2}  # the rank decides what they mean
-WATCHED = STOPPING | PASSED_ON | {signal.SIGCHLD}
+WATCHED = STOPPING | PASSED_ON | {signal.SIGCHLD, signal.SIGQUIT}
 
 
 def watch(run: Run) -> End:
     """Wait for every rank. Forwards signals once, stops all when one fails."""
-    with _signals() as wakeup, selectors.DefaultSelector() as selector:
+    with signals() as wakeup, selectors.DefaultSelector() as selector:
         selector.register(wakeup, selectors.EVENT_READ, None)
         for item in (*run.ranks, *run.streams):
             source = item.report if isinstance(item, Rank) else item.source
             os.set_blocking(source, False)
             selector.register(source, selectors.EVENT_READ, item)
+        if run.agent is not None:
+            selector.register(run.agent.end, selectors.EVENT_READ, run.agent)
         while run.alive:
             for key, _ in selector.select(_wait(run)):
                 _heard(run, key, selector)
@@ -40,7 +44,11 @@ def watch(run: Run) -> End:
             _advance(run)
         for stream in run.streams:
             finish(stream)
-    return verdict(run)
+    end = verdict(run)
+    if end.code == 0 and run.plan.log_dir is not None:
+        for rank in run.ranks:
+            forget(Path(run.plan.log_dir), range(rank.number, rank.number + 1))
+    return end
 
 
 def hold_signals() -> None:
@@ -54,19 +62,26 @@ def let_signals() -> None:
 
 
 @contextlib.contextmanager
-def _signals() -> Generator[int]:
-    """A file descriptor that gives the number of each signal as a byte."""
+def signals() -> Generator[int]:
+    """A file descriptor that gives the number of each signal as a byte.
+
+    Afterwards signals are held again, and mean what they meant before.
+    """
     read, write = os.pipe()
     os.set_blocking(read, False)
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    for number in WATCHED:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup keeps its meaning
+    before = {number: signal.getsignal(number) for number in WATCHED}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # nohup keeps its meaning
             signal.signal(number, lambda *_: None)
     let_signals()
     try:
         yield read
     finally:
+        hold_signals()
+        for number, handler in before.items():
+            signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
         os.close(read)
         os.close(write)
@@ -75,7 +90,7 @@ def _signals() -> Generator[int]:
 def _wait(run: Run) -> float | None:
     """Seconds until something is to be done; None where only ranks will tell."""
     limit = run.limit if run.stage == "running" else None
-    times = [at for at in (run.deadline, limit) if at is not None]
+    times = [at for at in (run.deadline, limit, run.answer) if at is not None]
     return max(0.0, min(times) - time.monotonic()) if times else None
 
 
@@ -85,6 +100,8 @@ def _heard(
     if key.data is None:
         for number in os.read(key.fd, 512):
             _signalled(run, signal.Signals(number))
+    elif isinstance(key.data, Wire):
+        _recalled(run, key.data, selector)
     elif isinstance(key.data, Rank):
         if not _listen(key.data):
             selector.unregister(key.fd)
@@ -94,7 +111,10 @@ def _heard(
 
 def _signalled(run: Run, number: signal.Signals) -> None:
     if number in PASSED_ON:
+        run.noticed = True
         _send(run.alive, number)
+    elif number == signal.SIGQUIT and run.stage == "running":
+        hang.ask(run)
     elif number not in STOPPING:
         return  # SIGCHLD: each round looks for who has ended
     elif run.asked is None and run.stage in ("running", "settling"):
@@ -104,6 +124,20 @@ def _signalled(run: Run, number: signal.Signals) -> None:
         _stop(run, number)
     elif time.monotonic() - run.asked_at > REPEAT:
         run.deadline = 0.0  # asked twice: now
+
+
+def _recalled(run: Run, agent: Wire, selector: selectors.BaseSelector) -> None:
+    """The agent has the ranks end, to start them in other numbers; or it is gone."""
+    try:
+        if hear(agent) is None:
+            return
+    except EOFError:
+        pass
+    selector.unregister(agent.end)
+    run.recalled = True
+    if run.stage in ("running", "settling"):
+        run.stage, run.deadline = "ending", time.monotonic() + run.plan.grace
+        _stop(run, signal.SIGTERM)
 
 
 def _listen(rank: Rank) -> bool:
@@ -149,7 +183,7 @@ def _more(rank: Rank) -> bool:
 
 
 def _ended(run: Run, rank: Rank, status: int, peak: int) -> None:
-    silent = died(rank.number, status, _stack(rank))
+    silent = died(rank.number, status, hang.stack_of(rank))
     by_request = rank.stopped and silent is not None and silent.kind == "signal"
     rank.code = silent.code if silent else 0
     if rank.failure is None and not by_request:
@@ -181,29 +215,23 @@ def _grave(failure: Failure) -> bool:
     return failure.kind in ("exception", "signal") and not failure.follows
 
 
-def _stack(rank: Rank) -> str:
-    with os.fdopen(os.dup(rank.stack), "r+b") as file:  # the offset is the rank's too
-        file.seek(0)
-        text = file.read().decode(errors="replace").rstrip()
-        file.seek(0)
-        file.truncate()
-        return text
-
-
 def _advance(run: Run) -> None:
     now = time.monotonic()
     if run.stage == "running" and any(rank.failure for rank in run.ranks):
         run.stage, run.deadline = "settling", now + SETTLE
     if run.stage == "running" and run.limit is not None and now >= run.limit:
-        run.stage, run.deadline = "asking", now + STACKS
-        for rank in run.alive:
-            _stack(rank)  # what it wrote before is not about now
-        _send(run.alive, signal.SIGQUIT)
+        hang.ask(run)
+        run.stage, run.deadline, run.answer = "asking", run.answer, None
+    if run.answer is not None and now >= run.answer:
+        hang.show(run)
     if run.deadline is None or now < run.deadline:
         return
     if run.stage == "asking":
+        stacks = hang.answers(run)
+        run.notes = hang.merged(run)
         for rank in run.alive:
-            rank.failure = late(rank.number, run.plan.timeout or 0.0, _stack(rank))
+            stack, limit = stacks[rank.number], run.plan.timeout or 0.0
+            rank.failure = late(rank.number, limit, stack)
     if run.stage in ("settling", "asking"):
         run.stage, run.deadline = "ending", now + run.plan.grace
         _stop(run, signal.SIGTERM)

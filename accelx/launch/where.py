@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-import sysconfig
 import traceback
-from pathlib import Path
 from types import TracebackType
 
+from accelx.comm_site import is_program
+
 FRAME = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+) in (?P<name>.+)$', re.M)
-# Python's own files, installed packages, and accelx are not the user's program.
-LIBRARY = (sysconfig.get_path("stdlib"), str(Path(__file__).parents[1]), "<frozen ")
-INSTALLED = ("/site-packages/", "/dist-packages/")
 
 
 def innermost(trace: TracebackType | None) -> str:
@@ -20,7 +17,7 @@ def innermost(trace: TracebackType | None) -> str:
     The deepest of all where none is; empty without a traceback.
     """
     frames = traceback.extract_tb(trace)
-    own = [frame for frame in frames if _is_program(frame.filename)] or frames
+    own = [frame for frame in frames if is_program(frame.filename)] or frames
     if not own:
         return ""
     frame = own[-1]
@@ -31,8 +28,14 @@ def innermost(trace: TracebackType | None) -> str:
 def of_stack(stack: str) -> str:
     """The same of what faulthandler wrote, which has the deepest call first."""
     frames = [found.groupdict() for found in FRAME.finditer(stack)]
-    own = [frame for frame in frames if _is_program(frame["file"])] or frames
+    own = [frame for frame in frames if is_program(frame["file"])] or frames
     return "{file}:{line}, in {name}".format(**own[0]) if own else ""
+
+
+def main_thread(stacks: str) -> str:
+    """Of what faulthandler wrote of all threads, the main one's, which comes last."""
+    head, mark, main = stacks.rpartition("(most recent call first):")
+    return head.rpartition("\n")[2] + mark + main
 
 
 def shows(text: str, line: str) -> bool:
@@ -41,7 +44,3 @@ def shows(text: str, line: str) -> bool:
     frames = re.findall(r'^  File "(.+)", line (\d+)', text, re.M)
     deepest = frames[:1] if "most recent call first" in text else frames[-1:]
     return not line or deepest == [tuple(place.rpartition(":")[::2])]
-
-
-def _is_program(file: str) -> bool:
-    return not file.startswith(LIBRARY) and not any(part in file for part in INSTALLED)

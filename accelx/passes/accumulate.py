@@ -40,9 +40,10 @@ def accumulate(n: int) -> Transform:
         def accumulated(state: Any, *args: Any) -> tuple[Any, Any]:
             from accelx.cut import add, cut
             from accelx.engines.placed import engine_of
+            from accelx.env_part import rows_env
 
             placed = state.slots.get("shard_model")
-            ranks = placed.env.world if placed is not None else 1
+            ranks = 1 if placed is None else rows_env(placed.env).world
             parts = cut(args, n, ranks)
             outs = list[Any]()
             with engine_of(state).quiet(state):

@@ -63,6 +63,7 @@ def remat(
     """
     spec = Remat(_checked(blocks, policy, offload), policy, offload)
     why = "a block is computed again once; give all blocks in one remat"
+    exact = "what is computed again must be attention over all ranks, as it was"
     return Transform(
         (
             Pass(
@@ -70,7 +71,10 @@ def remat(
                 spec,
                 start=lambda state, tx: _started(spec, state),
                 alone=lambda model: _wrapped(spec, model),
-                rules=Rules(once=True, why=why),
+                rules=(
+                    Rules(once=True, why=why),
+                    Rules(after=("shard_sequence",), why=exact),
+                ),
                 neutral=True,
             ),
         )

@@ -6,6 +6,7 @@ from typing import Any
 
 import attrs
 
+from accelx.env_part import rows_env
 from accelx.permutation import check_seed
 from accelx.records import Env, Pass, Rules, Transform, check_env, code
 
@@ -63,7 +64,7 @@ def shard_loader(
 
 def _placed(spec: ShardLoader, loader: Any) -> Any:
     """A Loader or a Stream as this rank reads it."""
-    env = spec.env
+    env = rows_env(spec.env)
     placed = attrs.evolve(
         loader,
         seed=spec.seed,
@@ -91,4 +92,4 @@ def _opened(spec: ShardLoader, state: Any) -> Any:
     from accelx.data.stream_state import Reading
     from accelx.state import with_slot
 
-    return with_slot(state, "shard_loader", Reading(spec.env))
+    return with_slot(state, "shard_loader", Reading(rows_env(spec.env)))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import attrs
 
 from accelx.engines import options as settings
 from accelx.engines.options import KINDS, Hook, Options, PowerSGD
+from accelx.env_part import MODEL, sums_env
 from accelx.errors import CollectiveError, PlacementError
 from accelx.match import Selector
 from accelx.records import Env, Pass, Precision, Rules, Transform, check_env, code
@@ -27,6 +31,13 @@ def _kept(selectors: Selectors | None) -> Any:
 
 def _named(methods: str | Iterable[str]) -> tuple[str, ...]:
     return (methods,) if isinstance(methods, str) else tuple(methods)
+
+
+def _read(config: Any) -> Any:
+    """A configuration as a dict, out of a JSON file where its path is given."""
+    if isinstance(config, str | os.PathLike):
+        return json.loads(Path(config).read_text())  # type: ignore[reportUnknownArgumentType]
+    return None if config is None else dict(config)
 
 
 def _where(offload: bool | str) -> bool | str:
@@ -51,6 +62,8 @@ class ShardModel:
     bucket_mb: float | None = attrs.field(
         default=None, converter=attrs.converters.optional(float)
     )
+    stage: int | None = None
+    config: Any = attrs.field(default=None, converter=_read)
 
     def __repr__(self) -> str:
         return code("shard_model", self)
@@ -63,11 +76,18 @@ class ShardModel:
     @property
     def engine(self) -> Any:
         """The engine that this will be."""
-        from accelx.engines import fsdp, plain, replicate
+        from accelx.engines import deepspeed, fsdp, plain, replicate, xla
 
-        if self.env.world == 1:
+        if self.kind == "xla":
+            return xla.ENGINE
+        if sums_env(self.env).world == 1:
             return plain.ENGINE
-        engines = {"ddp": replicate.ENGINE, "fsdp2": fsdp.ENGINE, "hsdp": fsdp.HYBRID}
+        engines = {
+            "ddp": replicate.ENGINE,
+            "fsdp2": fsdp.ENGINE,
+            "hsdp": fsdp.HYBRID,
+            "deepspeed": deepspeed.ENGINE,
+        }
         return engines[self.kind]
 
 
@@ -85,18 +105,21 @@ def shard_model(
     hook: Hook | None = None,
     static_graph: bool = False,
     bucket_mb: float | None = None,
+    stage: int | None = None,
+    config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
 ) -> Transform:
     """Place the model on the ranks of `env`: object, class and names stay (L8).
 
     kind: "ddp" keeps a copy on each rank, "fsdp2" slices of weights, gradients and
-    optimizer state, "hsdp" copies over the axis replicate, each in slices over shard;
-    on one rank all are the plain model. `blocks` are gathered one at a time: a glob
-    over names of modules, a class or a function (name, module) -> bool. Rank 0's
-    weights and buffers count on every rank. A model given as a function is sliced while
-    it is made, where it is to be: no rank holds it whole, and its numbers are those of
-    calling the function. `unused="allow"` accepts trainable parameters that get no
-    gradient; by default they are an error with names. `methods` are what a loss may
-    call beside forward: "encode".
+    optimizer state, "hsdp" copies over the axis replicate, each in slices over shard,
+    "deepspeed" what ZeRO `stage` 0 to 3 (2) slices, with a `config` of its own settings;
+    on one rank these are the plain model. "xla": one process, all its XLA devices.
+    `blocks` are gathered one at a time: a glob over names of modules, a class or a
+    function (name, module) -> bool. Rank 0's weights and buffers count on every rank. A
+    model given as a function is sliced while it is made, where it is to be: no rank
+    holds it whole, and its numbers are those of calling the function. `unused="allow"`
+    accepts trainable parameters without a gradient; by default they are an error with
+    names. `methods` are what a loss may call beside forward: "encode".
 
     The rest are options of one kind or two, in docs/sharding.md; one of another kind is
     refused. A `hook` of ddp sends gradients in fewer bits: "bf16", "fp16", "powersgd",
@@ -105,16 +128,20 @@ def shard_model(
     Alone, `shard_model(env)(model)` returns the placed model for a loop of your own,
     with gradients averaged over ranks by `loss.backward()`. Neutral (L4), but for a
     hook. Effects: moves the model, collectives. Raises PlacementError. Li et al. 2020
-    (DDP, arXiv:2006.15704); Zhao et al. 2023 (FSDP, arXiv:2304.11277).
+    (DDP, arXiv:2006.15704); Zhao et al. 2023 (FSDP, arXiv:2304.11277); Rajbhandari et
+    al. 2020 (ZeRO, arXiv:1910.02054).
     """
     check_env("shard_model", env)
     spec = ShardModel(
         *(env, kind, blocks, unused, reshard_after_forward, offload, ignored),
-        *(prefetch, methods, hook, static_graph, bucket_mb),
+        *(prefetch, methods, hook, static_graph, bucket_mb, stage, config),
     )
     settings.one_of("shard_model(unused=...)", unused, ("error", "allow"))
-    settings.check(env, kind, spec.blocks, spec.options)
+    settings.check(sums_env(env), kind, spec.blocks, spec.options)
     return Transform((_pass(spec),))
+
+
+_ONCE = Rules(once=True, why="a model is placed once, by one engine")
 
 
 def _pass(spec: ShardModel) -> Pass:
@@ -125,36 +152,82 @@ def _pass(spec: ShardModel) -> Pass:
         state = attrs.evolve(state, model=placed.model)
         return with_slot(state, "shard_model", placed)
 
-    return Pass(
+    one = Pass(
         "shard_model",
         spec,
         place=place,
+        start=_begin if spec.kind in settings.WITH_OPTIMIZERS else None,
         alone=lambda model: placing(model, spec, identity, alone=True).model,
-        rules=Rules(once=True, why="a model is placed once, by one engine"),
+        rules=_ONCE,
         neutral=spec.hook is None,
     )
+    return attrs.evolve(one, **_noted()) if spec.kind == "xla" else one
 
 
-def placing(thing: Any, spec: ShardModel, tx: Transform, alone: bool) -> Any:
-    """Place a module, or what a function makes: the Placed record."""
-    from torch import nn
+def _begin(state: Any, tx: Transform) -> Any:
+    """Let the engine have the optimizers, where it wants them."""
+    begin = state.slots["shard_model"].begin
+    return state if begin is None else begin(state, tx)
 
-    from accelx.engines import copies, fsdp, hooks, placed
+
+def _noted() -> dict[str, Any]:
+    """The arrows of a pass whose engine notes operations, and runs them together."""
+    from accelx.engines import xla
+
+    why = "XLA compiles the whole step, and keeps or computes again what it likes"
+    return {
+        "forward": xla.apart,
+        "done": xla.ended,
+        "rules": (_ONCE, Rules(excludes=("compile", "remat"), why=why)),
+    }
+
+
+def _plan(spec: ShardModel, tx: Transform, alone: bool) -> Any:
+    """How the chain wants it; refuses what does not fit before a model is made."""
+    from accelx.engines import deepspeed, placed
 
     _ready(spec.env)
-    settings.laid_out(spec.env, spec.kind)
+    _divided(spec.env, tx)
+    over = sums_env(spec.env)
+    settings.laid_out(over, spec.kind)
     precise = tx.find("with_precision")
     wanted: Precision | None = None if precise is None else precise.precision
     fills = placed.promises(tx, "load_weights", "load_state")
     # not load_state: a checkpoint may be of some weights on top of others, as they were
     blank = placed.promises(tx, "load_weights")
     plan = placed.Plan(
-        *(spec.env, spec.blocks, spec.unused, wanted, alone, fills, blank),
+        *(over, spec.blocks, spec.unused, wanted, alone, fills, blank),
         kind=spec.kind,
         options=spec.options,
+        everyone=spec.env,
+        tensors=_spread(tx, "shard_tensors"),
+        experts=_spread(tx, "shard_experts"),
     )
-    whole = spec.env.world == 1 or spec.kind == "ddp"
-    if spec.env.world > 1:
+    if spec.kind in settings.WITH_OPTIMIZERS:
+        deepspeed.check(plan, tx)
+    return plan
+
+
+def placing(thing: Any, spec: ShardModel, tx: Transform, alone: bool) -> Any:
+    """Place a module, or what a function makes: the Placed record."""
+    from torch import nn
+
+    from accelx.engines import copies, experts, fsdp, hooks, placed, stages, tensors
+
+    plan = _plan(spec, tx, alone)
+    over = plan.env
+    cut = tx.find("shard_stages")
+    if cut is not None and cut.ranks > 1:
+        result = stages.place(thing, cut, plan)
+        placed.seal(result.model)
+        return result
+    if plan.tensors is not None:
+        tensors.agrees(plan)
+    if plan.experts is not None:
+        experts.agrees(plan)
+    inside = plan.tensors is not None or plan.experts is not None
+    whole = not inside and (over.world == 1 or spec.kind in settings.WHOLE)
+    if over.world > 1:
         hooks.warn_of_memory(spec.hook, tx)
     if isinstance(thing, nn.Module):
         model = thing
@@ -169,11 +242,11 @@ def placing(thing: Any, spec: ShardModel, tx: Transform, alone: bool) -> Any:
         result = fsdp.place_deferred(lambda: _module(thing), plan)
         placed.seal(result.model)
         return result
-    placed.claim(model, spec.env, fills)
+    placed.claim(model, spec.env, plan.fills)
     placed.check(model, plan)
     if whole:
         copies.furnish(model, spec.env.device)
-    result = _placer(spec)(model, plan)
+    result = _placer(plan)(model, plan)
     placed.seal(result.model)
     return result
 
@@ -190,12 +263,35 @@ def _module(factory: Callable[[], Any]) -> Any:
     return model
 
 
-def _placer(spec: ShardModel) -> Any:
-    from accelx.engines import fsdp, replicate
+def _placer(plan: Any) -> Any:
+    from accelx.engines import deepspeed, fsdp, replicate, xla
 
-    if spec.env.world == 1:
+    if plan.kind == "xla":
+        return xla.place
+    if plan.tensors is not None or plan.experts is not None:
+        return fsdp.place
+    if plan.env.world == 1:
         return _plain
-    return replicate.place if spec.kind == "ddp" else fsdp.place
+    places = {"ddp": replicate.place, "deepspeed": deepspeed.place}
+    return places.get(plan.kind, fsdp.place)
+
+
+def _spread(tx: Transform, name: str) -> Any:
+    """The spec of a pass that lays weights out itself, where it has ranks for that."""
+    spec = tx.find(name)
+    return None if spec is None or spec.over.world == 1 else spec
+
+
+def _divided(env: Env, tx: Transform) -> None:
+    """Refuse ranks that share rows where no pass divides the work among them."""
+    for axis in env.axes:
+        name = MODEL.get(axis.name)
+        if axis.size > 1 and name is not None and tx.find(name) is None:
+            raise PlacementError(
+                f"the {axis.size} ranks along the axis {axis.name} share the rows of a "
+                f"batch, so the chain wants {name}, which has them share the work; add "
+                f"it, or call the axis data: ranks along that get rows of their own"
+            )
 
 
 def _plain(model: Any, plan: Any) -> Any:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from accelx import _torch
+from accelx.env_device import kind_of
 from accelx.errors import CheckpointError
 from accelx.saves.save import Job, run
 from accelx.saves.write import Slab, cores
@@ -75,7 +76,7 @@ class Background:
     def _snapshot(self, job: Job) -> list[Slab]:
         size = sum(slab.size for slab in job.slabs)
         if self.buffer is None or self.buffer.numel() < size:
-            pinned = not job.env.device.startswith(("cpu", "xla", "meta"))
+            pinned = kind_of(job.env.device).pinned
             self.buffer = None  # before the new one is made
             self.buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
         made, at = list[Slab](), 0

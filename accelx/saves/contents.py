@@ -14,7 +14,9 @@ from accelx.records import Env
 from accelx.saves import optim
 from accelx.saves.boxes import Box
 from accelx.saves.check import LONG
+from accelx.saves.flat import Flat, Held
 from accelx.saves.lie import Lie, Slice, lie
+from accelx.saves.memory import host
 from accelx.saves.streams import SIZE, now
 from accelx.saves.typed import encode
 from accelx.state import State, is_saved
@@ -26,11 +28,11 @@ RANDOM = "random"  # (ranks, SIZE) uint8, each rank its row
 class Contents:
     """The tensors, the rest as typed JSON, and the names that are tied."""
 
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Held]
     values: Mapping[str, Any]
     aliases: Mapping[str, str]
     lies: Mapping[str, Lie]
-    left: Mapping[str, Tensor]  # weights that `select` leaves out
+    left: Mapping[str, Held]  # weights that `select` leaves out
     own: frozenset[str] = frozenset()  # buffers and slots: what a user may write into
 
 
@@ -38,10 +40,10 @@ def contents(
     state: State, rank: int, world: int, device: str, select: Selector | None
 ) -> Contents:
     """What is saved of `state`. Nothing is copied but the random streams."""
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Held] = {}
     values: dict[str, Any] = {"step": state.step, "skipped": state.skipped}
     keep = _keeper(tensors)
-    held, aliases, extra = model_tensors(state.model)
+    held, aliases, extra = state_tensors(state)
     left = {n: t for n, t in held.items() if not selected(select, n, t)}
     left |= {a: held[b] for a, b in aliases.items() if b in left}
     for name, tensor in held.items():
@@ -50,7 +52,7 @@ def contents(
     for name, value in extra.items():
         values[f"model.{name}"] = encode(value, f"model.{name}", keep)
     names = optim.names_of(state.model)
-    for i, optimizer in enumerate(state.optimizers):
+    for i, optimizer in enumerate(optim.seen(state)):
         values |= optim.describe(i, optimizer, names, keep)
     for name, slot in state.slots.items():
         if is_saved(slot):
@@ -61,13 +63,13 @@ def contents(
     rows = tuple(Slice(Box((r, 0), (r + 1, SIZE)), (r,)) for r in range(world))
     lies[RANDOM] = Lie("uint8", (world, SIZE), rows)
     tied = {f"model.{a}": f"model.{b}" for a, b in aliases.items() if b not in left}
-    weights = {f"model.{n}" for n, t in held.items() if isinstance(t, nn.Parameter)}
+    weights = {f"model.{n}" for n, t in held.items() if is_weight(t)}
     own = {n for n in tensors if n not in weights and not n.startswith("optim.")}
     return Contents(tensors, values, tied, lies, left, frozenset(own - {RANDOM}))
 
 
-def _keeper(tensors: dict[str, Tensor]) -> Callable[[str, Tensor], None]:
-    def keep(name: str, tensor: Tensor) -> None:
+def _keeper(tensors: dict[str, Held]) -> Callable[[str, Held], None]:
+    def keep(name: str, tensor: Held) -> None:
         if name in tensors:
             raise CheckpointError(
                 f"two tensors want to be saved as {name!r}; name one of them otherwise"
@@ -77,6 +79,8 @@ def _keeper(tensors: dict[str, Tensor]) -> Callable[[str, Tensor], None]:
                 f"a tensor's name wants at most {LONG} characters, but "
                 f"{name[:80]!r}... has {len(name)}; put it under a shorter key"
             )
+        if isinstance(tensor, Tensor) and tensor.device.type == "xla":
+            tensor = host(tensor)
         tensors[name] = tensor
 
     return keep
@@ -84,9 +88,14 @@ def _keeper(tensors: dict[str, Tensor]) -> Callable[[str, Tensor], None]:
 
 def selected(select: Selector | None, name: str, tensor: Any) -> bool:
     """Whether `select` takes a weight; buffers are always taken."""
-    if select is None or not isinstance(tensor, nn.Parameter):
+    if select is None or not is_weight(tensor):
         return True
     return tensor.requires_grad if select == "trainable" else fits(select, name, tensor)
+
+
+def is_weight(tensor: Held) -> bool:
+    """Whether this is a weight, and no buffer."""
+    return isinstance(tensor, nn.Parameter | Flat)
 
 
 def rest(name: str, env: Env, state: State) -> None:
@@ -99,6 +108,16 @@ def rest(name: str, env: Env, state: State) -> None:
             f"{name} wants a model on all {env.world} ranks, but the chain has no "
             'shard_model, so each rank has its own; add shard_model(env, "ddp")'
         )
+
+
+def state_tensors(
+    state: State,
+) -> tuple[dict[str, Held], dict[str, str], dict[str, Any]]:
+    """`model_tensors` of a state's model, with weights as its engine says they lie."""
+    held, aliases, extra = model_tensors(state.model)
+    placed = state.slots.get("shard_model")
+    flat = {} if placed is None else placed.flat()
+    return {n: flat.get(id(t), t) for n, t in held.items()}, aliases, extra
 
 
 def model_tensors(

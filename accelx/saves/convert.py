@@ -13,6 +13,7 @@ from accelx import storage
 from accelx.errors import CheckpointError
 from accelx.saves.convert_accelerate import is_accelerate, read_accelerate
 from accelx.saves.convert_dcp import METADATA, Keys, read_dcp, read_safetensors
+from accelx.saves.convert_deepspeed import is_deepspeed, read_deepspeed
 from accelx.saves.convert_source import Source
 from accelx.saves.convert_state import put_together
 from accelx.saves.convert_write import write
@@ -44,8 +45,9 @@ def import_state(
     """Write the checkpoint of another tool in the folder `source` under `out`.
 
     `source` and `out` are paths or fsspec URLs. The folder is one of `dcp.save`, of
-    safetensors files (HuggingFaceStorageWriter, save_pretrained), or of Accelerate's
-    save_state. `load_state(env, out)` then reads it on any engine and ranks.
+    safetensors files (HuggingFaceStorageWriter, save_pretrained), of Accelerate's
+    save_state, or a universal checkpoint of DeepSpeed. `load_state(env, out)` then
+    reads it on any engine and ranks.
 
     model, optim: as for `init`; a function is called on the meta device. Both are
     needed where there is an optimizer, since files do not name its class, nor always
@@ -88,20 +90,28 @@ def _opened(store: Store, keys: Keys | None, trust: bool) -> Source:
     names = storage.sizes(store)
     if METADATA in names:
         return read_dcp(store, trust, keys)
+    if is_deepspeed(names):
+        _keyless(store, keys, "DeepSpeed")
+        return read_deepspeed(store)
     if is_accelerate(names):
-        if keys is not None:
-            raise CheckpointError(
-                f"{store.url} is of Accelerate, whose files have names of their own, "
-                f"so keys={dict(keys)!r} has no use; leave it out"
-            )
+        _keyless(store, keys, "Accelerate")
         return read_accelerate(store, trust)
     if any(name.endswith(".safetensors") for name in names):
         return read_safetensors(store, keys)
     raise CheckpointError(
-        f"{store.url} wants to be a folder of dcp.save, of safetensors files or of "
-        f"Accelerate's save_state, got {', '.join(sorted(names)[:8]) or 'nothing'}; "
-        "write the folder that one of them was given"
+        f"{store.url} wants to be a folder of dcp.save, of safetensors files, of "
+        f"Accelerate's save_state or of DeepSpeed, got "
+        f"{', '.join(sorted(names)[:8]) or 'nothing'}; write the folder that one of "
+        "them was given"
     )
+
+
+def _keyless(store: Store, keys: Keys | None, of: str) -> None:
+    if keys is not None:
+        raise CheckpointError(
+            f"{store.url} is of {of}, whose files have names of their own, so "
+            f"keys={dict(keys)!r} has no use; leave it out"
+        )
 
 
 def _made(model: Any, optim: Any) -> tuple[nn.Module | None, tuple[Any, ...]]:

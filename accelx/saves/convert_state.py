@@ -13,6 +13,7 @@ from accelx.errors import CheckpointError
 from accelx.saves.contents import model_tensors
 from accelx.saves.convert_optim import install, updates
 from accelx.saves.convert_source import Lazy, Source, held, value
+from accelx.saves.flat import Held
 from accelx.saves.load import Only, takes
 from accelx.saves.optim import describe, names_of
 from accelx.saves.typed import Kept, encode
@@ -45,8 +46,9 @@ class Made:
         self.stands[id(made)] = made, lazy
         return made
 
-    def keep(self, path: str, tensor: Tensor) -> None:
+    def keep(self, path: str, tensor: Held) -> None:
         """Store a tensor, or what it stands for."""
+        assert isinstance(tensor, Tensor)  # of one process, which holds it whole
         self.tensors[path] = self.stands.get(id(tensor), (None, held(tensor)))[1]
 
 

@@ -17,7 +17,7 @@ from accelx.saves import shards
 from accelx.saves.boxes import rows, strides, whole
 from accelx.saves.commit import COMMIT, step_of
 from accelx.saves.load import takes
-from accelx.saves.memory import flat, view
+from accelx.saves.memory import flat, host, view
 from accelx.saves.read import BLOCK, Read, Want
 from accelx.saves.shards import Item, Shard
 from accelx.saves.source import SHARDS, Source, opened, reading
@@ -156,7 +156,7 @@ def _taken(stream: Iterator[tuple[str, Any]], item: Item) -> Iterator[torch.Tens
     """The next tensor of a stream, about BLOCK bytes at a time."""
     name, tensor = next(stream)
     assert name == item.name
-    elements = tensor.reshape(-1)
+    elements = host(tensor).reshape(-1)
     count = max(1, BLOCK // elements.element_size())
     for at in range(0, elements.numel(), count):
         yield elements[at : at + count].cpu()

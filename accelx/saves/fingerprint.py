@@ -10,8 +10,9 @@ from torch import Tensor
 from accelx import comm
 from accelx.records import Env
 from accelx.saves.boxes import Box, Ints, first, strides
+from accelx.saves.flat import Held
 from accelx.saves.lie import here, lie
-from accelx.saves.memory import flat, view
+from accelx.saves.memory import flat, host, view
 from accelx.saves.strict import digest
 
 BLOCK = 1 << 20  # elements at once: 8 MiB a temporary
@@ -24,7 +25,7 @@ WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fingerprints(
-    env: Env, tensors: Mapping[str, Tensor]
+    env: Env, tensors: Mapping[str, Held]
 ) -> dict[str, tuple[str, tuple[int, ...], str]]:
     """dtype, shape and 32 hex digits for each tensor. One collective.
 
@@ -53,21 +54,20 @@ def fingerprint(tensor: Tensor) -> str:
     return str(_sums(*_real(tensor, box, shape)).tolist()) if tensor.numel() else ""
 
 
-def _of_rank(env: Env, name: str, tensor: Tensor) -> Tensor:
+def _of_rank(env: Env, name: str, tensor: Held) -> Tensor:
     """This rank's part of the sums, (2,): of slices that it is the first to hold."""
-    how = lie(name, tensor, {})
-    box, local = here(tensor, {})
-    owner = 0
-    if how.slices is not None:
-        owner = next((s.ranks[0] for s in how.slices if s.box == box), -1)
-    if box is None or owner != env.rank:
-        return torch.zeros(2, dtype=torch.int64)
-    return _sums(*_real(local, box, tuple(tensor.shape))).cpu()
+    slices = lie(name, tensor, {}).slices
+    owners = None if slices is None else {s.box: s.ranks[0] for s in slices}
+    total = torch.zeros(2, dtype=torch.int64)
+    for box, local in here(tensor, {}):
+        if (0 if owners is None else owners[box]) == env.rank:
+            total += _sums(*_real(local, box, tuple(tensor.shape))).cpu()
+    return total
 
 
 def _real(local: Tensor, box: Box, shape: Ints) -> tuple[Tensor, Box, Ints]:
     """Real numbers as they are; complex ones, of up to 16 bytes, as two each."""
-    local = local.detach().resolve_neg()
+    local = host(local).resolve_neg()
     if local.is_complex():
         local = torch.view_as_real(local.resolve_conj())
         box, shape = Box((*box.lo, 0), (*box.hi, 2)), (*shape, 2)

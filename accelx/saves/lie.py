@@ -13,6 +13,7 @@ from accelx import _torch
 from accelx.errors import CheckpointError
 from accelx.saves.boxes import Box, Ints, whole
 from accelx.saves.dtypes import KINDS
+from accelx.saves.flat import Flat, Held, boxes, pieces
 
 
 @attrs.frozen
@@ -32,7 +33,7 @@ class Lie:
     slices: tuple[Slice, ...] | None = None
 
 
-def lie(name: str, tensor: Tensor, memo: dict[Any, Any]) -> Lie:
+def lie(name: str, tensor: Held, memo: dict[Any, Any]) -> Lie:
     """How `tensor` lies. `memo` is the caller's, for the tensors of one state."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in KINDS:
@@ -41,6 +42,11 @@ def lie(name: str, tensor: Tensor, memo: dict[Any, Any]) -> Lie:
             f"{tensor.dtype}; save the plain tensors that it is made of"
         )
     shape = tuple(tensor.shape)
+    if isinstance(tensor, Flat):
+        key = (shape, tensor.runs)
+        if key not in memo:
+            memo[key] = _runs(tensor)
+        return Lie(dtype, shape, memo[key])
     if not _torch.is_dtensor(tensor):
         return Lie(dtype, shape)
     one: Any = tensor
@@ -48,6 +54,14 @@ def lie(name: str, tensor: Tensor, memo: dict[Any, Any]) -> Lie:
     if key not in memo:
         memo[key] = _slices(name, one)
     return Lie(dtype, shape, memo[key])
+
+
+def _runs(tensor: Flat) -> tuple[Slice, ...]:
+    return tuple(
+        Slice(box, (rank,))
+        for rank, run in enumerate(tensor.runs)
+        for box in boxes(run, tensor.shape)
+    )
 
 
 def _slices(name: str, tensor: Any) -> tuple[Slice, ...]:
@@ -79,22 +93,29 @@ def box_at(tensor: Any, coordinate: Sequence[int]) -> Box | None:
     return Box(offset, tuple(o + n for o, n in zip(offset, size, strict=True)))
 
 
+def local_at(tensor: Held, box: Box) -> Tensor:
+    """The memory of `box`, one of those that `lie` says this rank holds."""
+    return dict(pieces(tensor))[box] if isinstance(tensor, Flat) else local_of(tensor)
+
+
 def local_of(tensor: Tensor) -> Tensor:
     """The memory that this rank holds of `tensor`, without gradients."""
     return _torch.local_of(tensor) if _torch.is_dtensor(tensor) else tensor.detach()
 
 
-def here(tensor: Tensor, memo: dict[Any, Any]) -> tuple[Box | None, Tensor]:
-    """Which box of `tensor` this rank holds, and the memory that it lies in.
+def here(tensor: Held, memo: dict[Any, Any]) -> list[tuple[Box, Tensor]]:
+    """Which boxes of `tensor` this rank holds, and the memory that each lies in.
 
     `memo` is the caller's, for tensors that lie alike.
     """
+    if isinstance(tensor, Flat):
+        return pieces(tensor)
     if not _torch.is_dtensor(tensor):
         box = whole(tensor.shape)
-        return (None if 0 in tensor.shape else box), local_of(tensor)
+        return [] if 0 in tensor.shape else [(box, local_of(tensor))]
     one: Any = tensor
     key = (tuple(one.shape), id(one.device_mesh), one.placements, "here")
     if key not in memo:
         coordinate = one.device_mesh.get_coordinate()
         memo[key] = None if coordinate is None else box_at(one, coordinate)
-    return memo[key], local_of(one)
+    return [] if memo[key] is None else [(memo[key], local_of(one))]

@@ -15,12 +15,14 @@ from accelx.match import Selector, fits
 from accelx.records import Env
 from accelx.saves import check, optim, streams
 from accelx.saves.boxes import Box, whole
-from accelx.saves.contents import RANDOM, model_tensors
+from accelx.saves.contents import RANDOM, state_tensors
 from accelx.saves.fingerprint import fingerprints
+from accelx.saves.flat import Flat, Held, blank
 from accelx.saves.lie import here
 from accelx.saves.manifest import Manifest
 from accelx.saves.names import Names, named
 from accelx.saves.read import Want, fill
+from accelx.saves.spread import elsewhere, ours
 from accelx.saves.typed import decode, hand, settle
 from accelx.state import State, Transient
 from accelx.storage import Store
@@ -50,7 +52,7 @@ class _Loading:
     then: list[Callable[[], None]] = attrs.field(factory=list)
     boxes: dict[Any, Any] = attrs.field(factory=dict)  # memo of `here`
 
-    def make(self, path: str, like: Any, cpu: bool, reuse: bool = False) -> Tensor:
+    def make(self, path: str, like: Any, cpu: bool, reuse: bool = False) -> Held:
         """A tensor for what is stored as `path`, lying as `like` does; to be filled.
 
         With `reuse` it is `like` itself, if that fits.
@@ -62,25 +64,24 @@ class _Loading:
                 "damaged: take another"
             )
         dtype = getattr(torch, entry.dtype)
-        held = isinstance(like, Tensor) and bool(entry.shape)
+        held = isinstance(like, Tensor | Flat) and bool(entry.shape)
         if reuse and (like.dtype, tuple(like.shape)) == (dtype, entry.shape):
             made = like
         elif held and tuple(like.shape) == entry.shape:
-            made = torch.empty_like(like, dtype=dtype, requires_grad=False)
+            made = blank(like, dtype)
         else:
             device = like.device if held else "cpu" if cpu else self.env.device
             made = torch.empty(entry.shape, dtype=dtype, device=device)
         self.want(path, made)
         return made
 
-    def want(self, path: str, tensor: Tensor) -> None:
+    def want(self, path: str, tensor: Held) -> None:
         """Read what is stored as `path` into what this rank holds of `tensor`."""
         if path in self.wanted:
             raise check.damaged("the manifest", f"the tensor {path} in two places")
         self.wanted.add(path)
-        box, local = here(tensor, self.boxes)
-        if box is not None:
-            self.wants.append(Want(path, box, local))
+        each = here(tensor, self.boxes)
+        self.wants += [Want(path, box, local) for box, local in each]
 
 
 def load(
@@ -112,6 +113,8 @@ def load(
     def install() -> State:
         for one in loading.then:
             one()
+        if placed is not None:
+            placed.written()
         fresh = {name: settle(value) for name, value in slots.items()}
         counters = {
             k: manifest.values[k] for k in ("step", "skipped") if takes(only, k)
@@ -125,8 +128,8 @@ def load(
 
 
 def _model(loading: _Loading, state: State, names: Names) -> None:
-    held, _, extra = model_tensors(state.model)
-    absent: dict[str, Tensor] = {}
+    held, _, extra = state_tensors(state)
+    absent: dict[str, Held] = {}
     for name, tensor in held.items():
         saved = names.saved.get(name)
         if saved is None or not takes(loading.only, f"model.{name}"):
@@ -149,7 +152,7 @@ def _extra(loading: _Loading, model: Any, name: str, saved: str) -> Callable[[],
     return lambda: hand(module.set_extra_state, settle(value), saved)
 
 
-def _same_base(loading: _Loading, absent: Mapping[str, Tensor]) -> None:
+def _same_base(loading: _Loading, absent: Mapping[str, Held]) -> None:
     """Refuse weights that are not those the checkpoint was trained on top of."""
     now = fingerprints(loading.env, absent) if absent else {}
     base = loading.manifest.base
@@ -166,7 +169,7 @@ def _same_base(loading: _Loading, absent: Mapping[str, Tensor]) -> None:
 def _optimizers(loading: _Loading, state: State, names: Names) -> None:
     sides = optim.Sides(optim.names_of(state.model), names.saved, loading.make)
     values = loading.manifest.values
-    for i, optimizer in enumerate(state.optimizers):
+    for i, optimizer in enumerate(optim.seen(state)):
         for key, restored in (
             (f"optim.{i}.state", optim.restored_state),
             (f"optim.{i}.groups", optim.restored_groups),
@@ -177,13 +180,14 @@ def _optimizers(loading: _Loading, state: State, names: Names) -> None:
 
 def _slots(loading: _Loading, state: State) -> dict[str, Any]:
     found: dict[str, Any] = {}
+    gone = elsewhere(state.model)
     for key, raw in loading.manifest.values.items():
         name = key.removeprefix("slots.")
         if name != key and takes(loading.only, key):
             like = state.slots.get(name)
             if isinstance(like, Transient):
                 continue
-            found[name] = decode(raw, key, like, loading.make)
+            found[name] = decode(ours(raw, gone), key, like, loading.make)
     return found
 
 

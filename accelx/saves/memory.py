@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accelx import _xla
 from accelx.saves.boxes import Box
 
 
@@ -20,6 +21,15 @@ def view(tensor: Tensor) -> memoryview:
     memory: Any = (ctypes.c_ubyte * size).from_address(tensor.data_ptr())
     memory.tensor = tensor  # lives as long as the view
     return memoryview(memory).cast("B")
+
+
+def host(tensor: Tensor) -> Tensor:
+    """`tensor` without gradients, or a copy in the host's memory of one on XLA.
+
+    Whose memory cannot be looked into: each view of it would be compiled.
+    """
+    tensor = tensor.detach()
+    return _xla.host(tensor) if tensor.device.type == "xla" else tensor
 
 
 def flat(tensor: Tensor) -> Tensor:

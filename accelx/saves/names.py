@@ -9,8 +9,9 @@ import attrs
 
 from accelx.errors import CheckpointError
 from accelx.saves import optim
-from accelx.saves.contents import model_tensors
+from accelx.saves.contents import state_tensors
 from accelx.saves.manifest import Manifest
+from accelx.saves.spread import elsewhere
 from accelx.state import Occasional, State, Transient
 
 
@@ -36,11 +37,11 @@ def named(
     Raises CheckpointError that lists what is missing, left over, of another shape or
     dtype, or tied otherwise.
     """
-    held, ties, extra = model_tensors(state.model)
+    held, ties, extra = state_tensors(state)
     names = Names(manifest, wanted, _renamed(manifest, rename))
     every = {*held, *ties, *extra}
     faults = [
-        *_absent(names, every),
+        *_absent(names, every, elsewhere(state.model)),
         *_other(names, held),
         *_tied(names, ties),
         *_training(names, state),
@@ -80,10 +81,10 @@ def _renamed(manifest: Manifest, rename: Any) -> dict[str, str]:
     return found
 
 
-def _absent(names: Names, every: set[str]) -> list[str]:
+def _absent(names: Names, every: set[str], gone: frozenset[str]) -> list[str]:
     saved = names.saved
     faults = [f"model.{n} is not in it" for n in every if n not in saved]
-    over = [s for n, s in saved.items() if n not in every]
+    over = [s for n, s in saved.items() if n not in every and n not in gone]
     faults += [f"model.{s} is in it and not here" for s in over]
     return sorted(f for f in faults if names.wanted(f.split(" ")[0]))
 
@@ -133,13 +134,14 @@ _OPTIM = ("groups", "state")
 def _params(names: Names, state: State) -> list[str]:
     faults: list[str] = []
     own = optim.names_of(state.model)
-    for i, optimizer in enumerate(state.optimizers):
+    for i, optimizer in enumerate(optim.seen(state)):
         raw = names.manifest.values.get(f"optim.{i}.groups")
         if raw is None or not names.wanted(f"optim.{i}.state"):
             continue
         theirs = {n for g in optim.groups_in(i, raw) for n in g["params"]}
         params = [own[id(p)] for g in optimizer.param_groups for p in g["params"]]
         ours = {names.saved.get(n, n) for n in params}
+        theirs -= {names.saved.get(n, n) for n in elsewhere(state.model)}
         at = f"optim.{i} in it does not move"
         faults += [f"{at} {n}" for n in sorted(ours - theirs)]
         faults += [f"optim.{i} here does not move {n}" for n in sorted(theirs - ours)]

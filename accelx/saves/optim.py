@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from accelx.errors import CheckpointError
 from accelx.saves import check
+from accelx.saves.flat import Flat, Held
 from accelx.saves.typed import Keep, Made, decode, encode, settle
+from accelx.state import State
 
 # torch's word for a moment -> ours. A file keeps ours, so that another release of
 # torch reads it; words not listed are kept.
@@ -47,6 +49,29 @@ def key_of(word: Any) -> Any:
     return TORCH.get(word, word)
 
 
+@attrs.define(eq=False)
+class Seen:
+    """An optimizer over flat slices, as it would be over the model's parameters."""
+
+    kind: str  # name of its class
+    param_groups: list[dict[str, Any]]  # copies, with the model's parameters
+    state: dict[Any, dict[str, Any]]  # of each parameter: Flat, or what slices share
+    likes: Mapping[int, Flat]  # by id of a parameter: how what belongs to it lies
+    put: Callable[[Mapping[Any, Any]], None]  # write such a state into the optimizer
+    real: list[dict[str, Any]]  # the optimizer's own groups
+
+
+def seen(state: State) -> tuple[Any, ...]:
+    """A state's optimizers as they are over parameters that have names."""
+    placed = state.slots.get("shard_model")
+    return state.optimizers if placed is None else placed.seen(state)
+
+
+def kind_of(optimizer: Any) -> str:
+    """The name of an optimizer's class."""
+    return optimizer.kind if isinstance(optimizer, Seen) else type(optimizer).__name__
+
+
 def names_of(model: nn.Module) -> dict[int, str]:
     """id of a parameter -> its first name."""
     return {id(p): name for name, p in model.named_parameters()}
@@ -71,7 +96,7 @@ def describe(i: int, optimizer: Any, names: dict[int, str], keep: Keep) -> Any:
                 words = {word(k): v for k, v in held.items()}
                 state[name] = encode(words, f"{at}.state.{name}", keep)
     rest = {k: v for k, v in optimizer.state.items() if not isinstance(k, Tensor)}
-    kind = type(optimizer).__name__
+    kind = kind_of(optimizer)
     other = encode(rest, f"{at}.other", keep)
     return {
         f"{at}.groups": {"class": kind, "groups": groups},
@@ -111,14 +136,17 @@ def restored_state(
             saved = sides.name_of(p)
             if saved in held:
                 at = f"optim.{i}.state.{saved}"
-                words = _dict(
-                    held[saved], at, p, _refilling(at, optimizer, p, sides.make)
-                )
+                flat = isinstance(optimizer, Seen)
+                like = optimizer.likes.get(id(p), p) if flat else p
+                make = _refilling(at, optimizer, p, sides.make)
+                words = _dict(held[saved], at, like, make)
                 made[p] = {key_of(k): v for k, v in words.items()}
 
     def install() -> None:
         optimizer.state.clear()
         optimizer.state.update(settle(made))
+        if isinstance(optimizer, Seen):
+            optimizer.put(optimizer.state)
 
     return install
 
@@ -126,9 +154,10 @@ def restored_state(
 def _refilling(at: str, optimizer: Any, p: Any, make: Made) -> Made:
     """`make`, but what the optimizer has of `p` already is filled where it lies."""
     now = optimizer.state.get(p, {})
-    there = {f"{at}.{word(k)}": v for k, v in now.items() if isinstance(v, Tensor)}
+    kinds = Tensor | Flat
+    there = {f"{at}.{word(k)}": v for k, v in now.items() if isinstance(v, kinds)}
 
-    def made(path: str, like: Any, cpu: bool, reuse: bool = False) -> Tensor:
+    def made(path: str, like: Any, cpu: bool, reuse: bool = False) -> Held:
         return make(path, there.get(path, like), cpu, reuse or path in there)
 
     return made if there else make
@@ -157,6 +186,8 @@ def restored_groups(
     _same_kind(i, raw, optimizer)
     of = {name: g for g in groups for name in g["params"]}
     made = list[tuple[dict[str, Any], dict[str, Any]]]()
+    flat = isinstance(optimizer, Seen)
+    real = optimizer.real if flat else optimizer.param_groups
     for number, group in enumerate(optimizer.param_groups):
         saved = [sides.name_of(p) for p in group["params"]]
         theirs = [of[name] for name in saved if name in of]
@@ -169,7 +200,8 @@ def restored_groups(
             )
         if theirs:
             at = f"optim.{i}.groups.{groups.index(theirs[0])}"
-            made.append((group, _dict(theirs[0]["options"], at, group, sides.make)))
+            options = _dict(theirs[0]["options"], at, group, sides.make)
+            made.append((real[number], options))
 
     def install() -> None:
         for group, options in made:
@@ -187,7 +219,7 @@ def _dict(raw: Any, path: str, like: Any, make: Made) -> dict[Any, Any]:
 
 
 def _same_kind(i: int, raw: Any, optimizer: Any) -> None:
-    kind = type(optimizer).__name__
+    kind = kind_of(optimizer)
     if raw["class"] != kind:
         raise CheckpointError(
             f"optimizer {i} was a {raw['class']} when it was saved, and here it is a "

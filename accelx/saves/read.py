@@ -103,15 +103,36 @@ def reader(
         run = _runner(store, manifest, readers, checked)
 
         def read(wants: Iterable[Want]) -> int:
-            jobs = deque(_jobs(store, manifest, wants, indices, checked))
+            direct, later = _landing(wants)
+            jobs = deque(_jobs(store, manifest, direct, indices, checked))
             for part in dict.fromkeys(job.part for job in jobs):
                 if part not in readers:
                     file = storage.reading(store, manifest.parts[part].file)
                     readers[part] = stack.enter_context(file)
             each = [pool.submit(_drained, jobs, run) for _ in range(count)]
-            return sum(one.result() for one in each)
+            size = sum(one.result() for one in each)
+            for out, landed in later:
+                out.copy_(landed)
+            return size
 
         yield read
+
+
+def _landing(
+    wants: Iterable[Want],
+) -> tuple[list[Want], list[tuple[Tensor, Tensor]]]:
+    """The wants with memory of the host for those on XLA, and what is copied then.
+
+    Threads write where they can, and XLA compiles no copy of a part.
+    """
+    direct, later = list[Want](), list[tuple[Tensor, Tensor]]()
+    for want in wants:
+        if want.out.device.type == "xla":
+            buffer = torch.empty(want.out.shape, dtype=want.out.dtype)
+            later.append((want.out, buffer))
+            want = attrs.evolve(want, out=buffer)
+        direct.append(want)
+    return direct, later
 
 
 def _drained(jobs: deque[_Job], run: Callable[[_Job], int]) -> int:

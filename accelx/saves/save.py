@@ -26,10 +26,12 @@ from accelx.saves.commit import (
 )
 from accelx.saves.contents import Contents, contents, rest
 from accelx.saves.fingerprint import fingerprint
-from accelx.saves.lie import local_of
+from accelx.saves.flat import Held
+from accelx.saves.lie import local_at
 from accelx.saves.manifest import MANIFEST, Manifest, Part, write_manifest
 from accelx.saves.memory import flat, inside
 from accelx.saves.plan import Plan, planned
+from accelx.saves.spread import check_selects, merged, stages_of
 from accelx.saves.strict import digest, dumps
 from accelx.saves.write import Slab, write_part
 from accelx.state import State
@@ -56,14 +58,17 @@ def decide(
     url: str,
     select: Selector | None = None,
     metrics: Mapping[str, float] | None = None,
-    base: Callable[[Mapping[str, Tensor]], Mapping[str, Any]] = lambda left: {},
+    base: Callable[[Mapping[str, Held]], Mapping[str, Any]] = lambda left: {},
 ) -> Job:
     """The job of saving `state` under `url`. Two small collectives; nothing is written.
 
     Raises CheckpointError on every rank if ranks hold different things.
     """
     rest("save_state", env, state)
+    check_selects(state, "save_state", select)
     held, error = _held(env, state, select)
+    if (stages := stages_of(state)) is not None:
+        held, error = merged(stages, held, error)
     plan = planned(held.lies, env.world)
     name = _agree(env, _said(held, plan), error, folder_name(state.step))
     store = storage.inside(storage.at(url), name)
@@ -115,9 +120,14 @@ def _said(held: Contents, plan: Plan) -> dict[str, str]:
     cuts = [digest(repr(layout).encode()) for layout in plan.layouts]
     for k, e in plan.entries.items():
         said[k] = f"{e.dtype} {e.shape} {cuts[e.layout]}"
-        if k in held.own and held.lies[k].slices is None:
-            said[k] += f" {fingerprint(held.tensors[k])}"
+        tensor = held.tensors.get(k)  # other stages may have it
+        if k in held.own and isinstance(tensor, Tensor) and not _is_cut(held, k):
+            said[k] += f" {fingerprint(tensor)}"
     return said
+
+
+def _is_cut(held: Contents, name: str) -> bool:
+    return held.lies[name].slices is not None
 
 
 def _agree(env: Env, said: dict[str, str], error: Exception | None, name: str) -> str:
@@ -145,7 +155,7 @@ def _slabs(env: Env, plan: Plan, held: Contents) -> list[Slab]:
     slabs = list[Slab]()
     for name, piece, box in plan.of(env.rank):
         entry = plan.entries[name]
-        local = local_of(held.tensors[name])
+        local = local_at(held.tensors[name], box)
         if held.lies[name].slices is None:  # whole on each rank, and cut between them
             local = inside(local, box, whole(entry.shape))
         data = flat(local)

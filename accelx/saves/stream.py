@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accelx import _torch
+from accelx import _torch, comm
 from accelx.comm_wire import together
+from accelx.errors import CheckpointError
 from accelx.records import Env, check_env
-from accelx.saves.contents import model_tensors, rest
+from accelx.saves.contents import rest, state_tensors
+from accelx.saves.flat import Flat, Held
 from accelx.saves.meeting import Room, leave, meet, room
+from accelx.saves.spread import stages_of
 from accelx.state import State, check_state
 
 
@@ -47,15 +50,20 @@ def stream_weights(
     return streamed(env, held, timeout)
 
 
-def held_weights(name: str, env: Env, state: State) -> dict[str, Tensor]:
+def held_weights(name: str, env: Env, state: State) -> dict[str, Held]:
     """Weights and persistent buffers of a state by their first names."""
     together(env, name)
     rest(name, env, state)
-    return model_tensors(state.model)[0]
+    if stages_of(state) is not None:
+        raise CheckpointError(
+            f"{name} wants every rank to know all weights, but the model is cut into "
+            "stages; write url = ax.save_state(env, url)(state), and take it from there"
+        )
+    return state_tensors(state)[0]
 
 
 def streamed(
-    env: Env, held: Mapping[str, Tensor], timeout: float | None
+    env: Env, held: Mapping[str, Held], timeout: float | None
 ) -> Generator[tuple[str, Tensor]]:
     """The tensors of `held` in its order, as `stream_weights` gives them."""
     said = {name: f"{t.dtype} {tuple(t.shape)}" for name, t in held.items()}
@@ -64,13 +72,13 @@ def streamed(
     return stream
 
 
-def _stream(here: Room, held: Mapping[str, Tensor]) -> Generator[tuple[str, Tensor]]:
+def _stream(here: Room, held: Mapping[str, Held]) -> Generator[tuple[str, Tensor]]:
     with _leaving(here, 0):  # a generator that was never started ends without a word
         yield "", torch.empty(0)
     for at, (name, tensor) in enumerate(held.items()):
         meet(here, at)
         with _leaving(here, at + 1):
-            yield name, _full(tensor.detach())
+            yield name, _full(here.env, tensor)
     meet(here, len(held))
 
 
@@ -83,5 +91,8 @@ def _leaving(here: Room, at: int) -> Generator[None]:
         raise
 
 
-def _full(tensor: Any) -> Tensor:
+def _full(env: Env, tensor: Any) -> Tensor:
+    if isinstance(tensor, Flat):
+        return comm.gather(env, tensor.local).view(tensor.shape)
+    tensor = tensor.detach()
     return tensor.full_tensor() if _torch.is_dtensor(tensor) else tensor

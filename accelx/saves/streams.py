@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accelx import rng_device
 from accelx.errors import DamagedError
 from accelx.saves.memory import view
 
@@ -40,16 +41,8 @@ def _numpy() -> tuple[Any, ...]:
     return (1, *words.tolist(), position, has_gauss, gauss)
 
 
-def _module(device: str) -> Any:
-    kind = device.partition(":")[0]
-    return None if kind in ("cpu", "xla") else torch.get_device_module(kind)
-
-
 def _device_state(device: str) -> bytes:
-    module = _module(device)
-    if module is None:
-        return b""
-    state = bytes(view(module.get_rng_state(device)))
+    state = rng_device.state(device)
     return state if len(state) <= DEVICE else b""
 
 
@@ -68,7 +61,7 @@ def restore(rows: Tensor, rank: int, saved: int, device: str) -> None:
     """
     row = rows[0 if rank < saved else rank % saved]
     if rank >= saved and not bool((rows == rows[0]).all()):
-        _derived(bytes(view(row)), rank)
+        _derived(bytes(view(row)), rank, device)
         return
     if len(row) != SIZE:
         raise DamagedError(
@@ -84,10 +77,8 @@ def restore(rows: Tensor, rank: int, saved: int, device: str) -> None:
     if there and "numpy" in sys.modules:
         _set_numpy(numbers)
     torch.set_rng_state(torch.frombuffer(bytearray(rest[-3]), dtype=torch.uint8))
-    module = _module(device)
-    if module is not None and rest[-2]:
-        state = torch.frombuffer(bytearray(rest[-1][: rest[-2]]), dtype=torch.uint8)
-        module.set_rng_state(state, device)
+    if rest[-2]:
+        rng_device.restore(device, rest[-1][: rest[-2]])
 
 
 def _check(python: int, numpy: int, own: bytes) -> None:
@@ -108,12 +99,13 @@ def _set_numpy(numbers: list[Any]) -> None:
     numpy.random.set_state(("MT19937", words, *numbers[WORDS:]))
 
 
-def _derived(row: bytes, rank: int) -> None:
+def _derived(row: bytes, rank: int, device: str) -> None:
     """Start every generator from a number of the stream's and the rank's own."""
     word = hashlib.blake2b(row + rank.to_bytes(8, "little")).digest()[:8]
     seed = int.from_bytes(word, "little")
     random.seed(seed)
     torch.manual_seed(seed >> 1)
+    rng_device.seed(device, seed >> 1)
     numpy: Any = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed(seed % 2**32)

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from accelx.errors import CheckpointError
 from accelx.saves import check
+from accelx.saves.flat import Flat, Held
 
-Keep = Callable[[str, Tensor], None]  # stores a tensor under a name
-Made = Callable[..., Tensor]  # (name, like, on CPU, reuse like) -> one to be filled
+Keep = Callable[[str, Held], None]  # stores a tensor under a name
+Made = Callable[..., Held]  # (name, like, on CPU, reuse like) -> one to be filled
 LEVELS = 16  # of nesting; each is up to three of JSON, of which strict.DEPTH are read
 BITS = 63  # of an integer that JSON readers take as it is
 KEYS = (str, int, bool, float, type(None))
@@ -46,7 +47,7 @@ def encode(value: Any, path: str, keep: Keep, level: int = 0) -> Any:
     if isinstance(value, float):  # NumPy's too, as schedules compute them
         number = float(value)
         return number if math.isfinite(number) else {"$": "float", "v": repr(number)}
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | Flat):
         _plain(value, path)
         keep(path, value)
         return {"$": "tensor", "cpu": value.device.type == "cpu"}
@@ -58,9 +59,11 @@ def encode(value: Any, path: str, keep: Keep, level: int = 0) -> Any:
     return _object(value, path, keep, level + 1)
 
 
-def _plain(value: Tensor, path: str) -> None:
+def _plain(value: Held, path: str) -> None:
     from accelx._torch import is_dtensor
 
+    if isinstance(value, Flat):
+        return
     kind = type(value)
     if kind not in (Tensor, torch.nn.Parameter) and not is_dtensor(value):
         raise CheckpointError(
@@ -161,7 +164,7 @@ def _at(like: Any, key: Any) -> Any:
 
 
 def _tensor(like: Any) -> Any:
-    return like if isinstance(like, Tensor) else None
+    return like if isinstance(like, Tensor | Flat) else None
 
 
 def _special(kind: Any, v: Any, path: str, like: Any, make: Made) -> Any:

@@ -18,6 +18,7 @@ from accelx.saves.load import Only, Rename, takes
 from accelx.saves.memory import flat
 from accelx.saves.read import Want
 from accelx.saves.source import Source, opened, reading
+from accelx.saves.spread import elsewhere
 from accelx.saves.together import alike, from_main
 from accelx.state import Transient
 
@@ -93,7 +94,7 @@ def fitted(
         faults += [_other(source, one, name, held[name]) for one in found]
         keys[name] = tuple(dict.fromkeys(source.names[one] for one in found))
         missing += [] if found else [name]
-    ours = {one for group in groups.values() for one in group}
+    ours = {one for group in groups.values() for one in group} | elsewhere(model)
     over = [n for n in theirs if n not in ours and takes(only, n)]
     faults = [fault for fault in faults if fault]
     if strict:
@@ -175,14 +176,12 @@ def _fill(source: Source, held: Mapping[str, Tensor], fit: Fit) -> int:
     wants, memo = list[Want](), dict[Any, Any]()
     twins: list[tuple[str, Tensor, Tensor]] = []
     for name, keys in fit.keys.items():
-        box, local = here(held[name], memo)
-        if box is None:
-            continue
-        wants += [Want(key, box, local) for key in keys[:1]]
-        for key in keys[1:]:  # two tensors in the file for one here
-            twin = torch.empty_like(local)
-            wants.append(Want(key, box, twin))
-            twins.append((name, local, twin))
+        for box, local in here(held[name], memo):
+            wants += [Want(key, box, local) for key in keys[:1]]
+            for key in keys[1:]:  # two tensors in the file for one here
+                twin = torch.empty_like(local)
+                wants.append(Want(key, box, twin))
+                twins.append((name, local, twin))
     with reading(source) as read:
         count = read(wants)
     for name, local, twin in twins:

@@ -1,10 +1,14 @@
-"""Real data from a disk and from a real S3 server: stopped, resumed, each row once."""
+"""Real data from a disk and from a real S3 server: killed, resumed, each row once."""
 
 from __future__ import annotations
 
 import email
 import gc
 import http.client
+import json
+import os
+import signal
+import time
 from collections import Counter
 from importlib.util import find_spec
 from itertools import pairwise
@@ -20,7 +24,7 @@ import accelx as ax
 from accelx.data.files import from_files
 from accelx.data.formats import runs
 from accelx.rows import rows_of
-from accelx.testing import run
+from accelx.testing import RankError, run
 from tests.unit.data import written
 from tests.unit.data.written import plain
 
@@ -46,12 +50,12 @@ def digits():
 def text():
     """Lines of the standard library's package `email`."""
     files = sorted(Path(email.__file__).parent.glob("*.py"))
-    lines = [(f.name, line) for f in files for line in f.read_text().splitlines()]
-    return [{"i": i, "file": f, "text": t} for i, (f, t) in enumerate(lines[:2500])]
+    lines = [(n, line) for n, f in enumerate(files) for line in _lines(f)]
+    return [{"i": i, "file": n, "text": t} for i, (n, t) in enumerate(lines[:1200])]
 
 
-# A worker's first connection costs half a second: each format is read of one of them.
-DATA = {"digits": (digits, ["parquet", "jsonl"]), "text": (text, ["arrow", "tar"])}
+def _lines(file):
+    return file.read_text().splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +101,10 @@ def folder(request, tmp_path, monkeypatch):
     forget()
 
 
-def put(folder, form, rows):
+def put(folder, form, rows, group=GROUP):
     """The rows in three files of one format, and their pattern."""
-    more = {"parquet": {"group": GROUP}, "arrow": {"batch": GROUP}}.get(form, {})
-    cuts = [0, 700, 701, len(rows)]
+    more = {"parquet": {"group": group}, "arrow": {"batch": group}}.get(form, {})
+    cuts = [0, 300, 301, len(rows)]
     for number, (start, stop) in enumerate(pairwise(cuts)):
         data = getattr(written, form)(rows[start:stop], **more)
         with fsspec.open(f"{folder}/{number}.{form}", "wb") as file:
@@ -120,97 +124,220 @@ class Collate:
         return {"rows": items, "read": read}
 
 
-def fed(env, patterns, start, stop):
-    """For each format, this rank's batches: real rows, worker, blocks it has read."""
-    found = {}
-    for form, pattern in patterns.items():
-        files = from_files(pattern, env=env)
-        plain(form, files[0])  # this rank has read before its workers are forked
-        loader = DataLoader(
-            files, BATCH, shuffle=True, num_workers=2, collate_fn=Collate(files)
-        )
-        tx = ax.shard_loader(env, seed=0)
-        found[form] = [
-            (
-                [plain(form, x) for x in b["rows"]][: rows_of(b).rows],
-                *b["read"].tolist(),
-            )
-            for b in ax.feed(tx, loader, start=start, stop=stop)
-        ]
-    return found
-
-
-def joined(ranks, form):
-    """The global batches, put together from every rank's."""
-    steps = zip(*(rank[form] for rank in ranks), strict=True)
-    return [[row for rows, _, _ in step for row in rows] for step in steps]
-
-
-def one_process(pattern, form, rows):
-    """The batches of one process, from the plain list and the dataset's own order."""
-    n = len(rows)
-    at = from_files(pattern).order_at(
-        torch.arange(n), shuffle=True, seed=0, epoch=0, batch_size=BATCH
+def ours(env, pattern):
+    """This rank's batches: its real rows, the worker, how many blocks that has read."""
+    files = from_files(pattern, env=env)
+    assert files[0]["i"] == 0  # this rank has read before its workers are forked
+    loader = DataLoader(
+        files, BATCH, shuffle=True, num_workers=2, collate_fn=Collate(files)
     )
-    return [[rows[i] for i in part] for part in torch.split(at, BATCH)]
+    tx = ax.shard_loader(env, seed=0)
+    return [
+        (b["rows"][: rows_of(b).rows], *b["read"].tolist()) for b in ax.feed(tx, loader)
+    ]
 
 
-@pytest.mark.parametrize("data", DATA)
-def test_rows_come_once_over_a_stop_and_other_ranks(data, folder):
-    """Two ranks with two workers each, stopped, then three ranks: the plain list."""
-    made, formats = DATA[data]
-    rows = made()
-    patterns = {form: put(folder, form, rows) for form in formats}
-    reference = {f: one_process(p, f, rows) for f, p in patterns.items()}
-    steps = -(-len(rows) // BATCH)
-    middle = steps // 3
-    first = run(2, timeout=120)(fed)(patterns, 0, middle)
-    second = run(3, timeout=120)(fed)(patterns, middle, None)
-    for form in formats:
-        found = joined(first, form) + joined(second, form)
-        assert len(found) == steps
-        assert found == reference[form], form
-        every = sorted((row for batch in found for row in batch), key=lambda r: r["i"])
-        assert every == rows
-        assert {worker for rank in second for _, worker, _ in rank[form]} == {0, 1}
-
-
-def plainly(env, patterns):
+def theirs(env, pattern):
     """What torch's own sampler gives the same ranks and workers, in the same form."""
-    found = {}
-    for form, pattern in patterns.items():
-        files = from_files(pattern, env=env)
-        sampler = DistributedSampler(files, env.world, env.rank, seed=0)
-        loader = DataLoader(
-            files, 32, sampler=sampler, num_workers=2, collate_fn=Collate(files)
-        )
-        found[form] = [(b["rows"], *b["read"].tolist()) for b in loader]
-    return found
+    files = from_files(pattern, env=env)
+    sampler = DistributedSampler(files, env.world, env.rank, seed=0)
+    loader = DataLoader(
+        files, 32, sampler=sampler, num_workers=2, collate_fn=Collate(files)
+    )
+    return [(b["rows"], *b["read"].tolist()) for b in loader]
 
 
-def reads(ranks, form):
+def reads(ranks):
     """Blocks that all workers of all ranks have read."""
-    last = {(r, w): n for r, rank in enumerate(ranks) for _, w, n in rank[form]}
+    last = {(r, w): n for r, rank in enumerate(ranks) for _, w, n in rank}
     assert len(last) == 4
     return sum(last.values())
+
+
+def times(ranks):
+    """How often each row came."""
+    return Counter(row["i"] for rank in ranks for part in rank for row in part[0])
 
 
 def test_each_block_is_read_by_one_worker(folder):
     """But where the rows of two workers meet; torch's sampler reads all everywhere."""
     rows = digits()
-    patterns = {form: put(folder, form, rows) for form in ("parquet",)}
-    blocks = {f: len(from_files(p)._blocks.rows) for f, p in patterns.items()}
-    ours = run(2, timeout=120)(fed)(patterns, 0, None)
-    theirs = run(2, timeout=120)(plainly)(patterns)
-    for form, number in blocks.items():
-        assert number > 70
-        # 8 lanes with the turns of 2 workers each, where the sequence begins, its tail
-        assert reads(ours, form) <= number + 8 * 2 + 2
-        assert reads(theirs, form) > 3 * number
-        seen = Counter(
-            row["i"] for rank in theirs for part in rank[form] for row in part[0]
-        )
-        assert max(seen.values()) == 2  # 1797 rows on two ranks: one comes twice
+    pattern = put(folder, "parquet", rows)
+    number = len(from_files(pattern)._blocks.rows)
+    assert number > 70
+    found = run(2, timeout=120)(ours)(pattern)
+    # 8 lanes with the turns of 2 workers each, where the sequence begins, its tail
+    assert reads(found) <= number + 8 * 2 + 2
+    assert times(found) == dict.fromkeys(range(len(rows)), 1)
+    if "s3" not in folder:  # the control, once
+        found = run(2, timeout=120)(theirs)(pattern)
+        assert reads(found) > 3 * number
+        assert max(times(found).values()) == 2  # of 1797 rows two ranks read one twice
+
+
+# What each format holds; rows of all are one dataset, whose readers open all of them.
+HELD = {
+    "parquet": lambda: digits()[:400],
+    "jsonl": lambda: digits()[400:800],
+    "arrow": lambda: text()[:400],
+    "tar": lambda: text()[400:800],
+}
+EVERY, KILLED = 4, 10  # batches from save to save, and where the run is killed
+
+
+def mixed(patterns, env=None):
+    """The files of all patterns as one dataset, each row once an epoch."""
+    files = {form: from_files(one, env=env) for form, one in patterns.items()}
+    return ax.mix(files, {form: len(one) for form, one in files.items()}, seed=4)
+
+
+def example(row):
+    """A row as 64 numbers and a class of 10: pixels, or how often which bytes come."""
+    if "pixels" in row:
+        return torch.tensor(row["pixels"]).double() / 16, row["label"]
+    codes = torch.tensor([*row["text"].encode()], dtype=torch.int64) % 64
+    return torch.bincount(codes, minlength=64).double(), row["file"] % 10
+
+
+def examples(items):
+    """Rows of any format as one batch, with the name of each."""
+    rows = [plain("tar" if "json" in item else "", item) for item in items]
+    x, y = zip(*map(example, rows), strict=True)
+    names = [f"{'text' if 'text' in row else 'digits'} {row['i']}" for row in rows]
+    return {"x": torch.stack(x), "y": torch.tensor(y), "names": names}
+
+
+def model():
+    """The same in every run."""
+    torch.manual_seed(2)
+    return torch.nn.Linear(64, 10).double()
+
+
+def descent(m):
+    """SGD with a memory: the order of batches matters."""
+    return torch.optim.SGD(m.parameters(), 0.05, momentum=0.9)
+
+
+def loss(m, batch):
+    """The mean over rows."""
+    return torch.nn.functional.cross_entropy(m(batch["x"]), batch["y"])
+
+
+def begun(log):
+    """A worker_init_fn that notes the worker's process."""
+    return lambda worker: note(log, worker=os.getpid())
+
+
+def note(log, **said):
+    """One line of the log, whole even if the process is killed right after."""
+    os.write(log, json.dumps(said).encode() + b"\n")
+
+
+def train(env, patterns, url, log, killed=()):
+    """Train over the epoch, from the newest checkpoint; ranks of `killed` never end."""
+    data = mixed(patterns, env)
+    tx = ax.chain(
+        ax.shard_loader(env, seed=0),
+        ax.shard_model(env, "ddp"),
+        ax.load_state(env, url, missing="fresh"),
+        ax.save_state(env, url, every=EVERY, keep=2),
+    )
+    state, step = ax.init(tx, model(), descent), ax.step(tx, loss)
+    note(log, rank=env.rank, begins=state.step)
+    loader = DataLoader(
+        data,
+        BATCH,
+        shuffle=True,
+        num_workers=2,
+        collate_fn=examples,
+        worker_init_fn=begun(log),
+    )
+    for batch in ax.feed(tx, loader, start=state):
+        if state.step == KILLED and env.rank in killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        at = state.step
+        state, _ = step(state, batch)
+        rows = batch["names"][: rows_of(batch).rows]
+        note(log, rank=env.rank, step=at, rows=rows)
+    return dict(state.model.state_dict())
+
+
+def undisturbed(patterns):
+    """One process, the rows from memory in the dataset's order, a loop by hand."""
+    rows = [row for form in patterns for row in HELD[form]()]
+    order, m = mixed(patterns).order(), model()
+    optim, names = descent(m), []
+    for start in range(0, len(rows), BATCH):
+        batch = examples([rows[i] for i in order[start : start + BATCH]])
+        loss(m, batch).backward()
+        optim.step()
+        optim.zero_grad()
+        names.append(batch["names"])
+    return names, m.state_dict()
+
+
+def trained(lines, ranks):
+    """The rows of each step that all ranks have made, put together; where it began."""
+    steps = {}
+    for line in lines:
+        if "step" in line:
+            steps.setdefault(line["step"], {})[line["rank"]] = line["rows"]
+    begins = {line["begins"] for line in lines if "begins" in line}
+    assert len(begins) == 1
+    return begins.pop(), {
+        step: [name for rank in range(ranks) for name in parts[rank]]
+        for step, parts in steps.items()
+        if len(parts) == ranks
+    }
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(folder, tmp_path):
+    """Two ranks with two workers each die by kill -9, both or one, and three go on."""
+    killed = (0, 1) if "s3" in folder else (1,)
+    patterns = {
+        form: put(folder, form, rows(), group=50) for form, rows in HELD.items()
+    }
+    names, weights = undisturbed(patterns)
+    log = os.open(tmp_path / "log", os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o600)
+    with pytest.raises(RankError, match="SIGKILL"):
+        run(2, timeout=120)(train)(patterns, f"{folder}/run", log, killed)
+    first = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    saved = ax.latest(f"{folder}/run").step
+    ended = run(3, timeout=120)(train)(patterns, f"{folder}/run", log)
+    every = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    os.close(log)
+
+    start, before = trained(first, 2)
+    again, after = trained(every[len(first) :], 3)
+    assert start == 0
+    assert EVERY <= saved == again <= KILLED == len(before)
+    assert [before[step] for step in range(KILLED)] == names[:KILLED]
+    assert sorted(after) == list(range(saved, len(names)))
+    assert [after[step] for step in sorted(after)] == names[saved:]
+    seen = [name for batch in (before | after).values() for name in batch]
+    assert len(seen) == len(set(seen)) == sum(len(rows()) for rows in HELD.values())
+    for one in ended:
+        for name, weight in weights.items():
+            torch.testing.assert_close(one[name], weight, rtol=1e-9, atol=1e-9)
+    assert not alive(line["worker"] for line in every if "worker" in line)
+
+
+def lives(pid):
+    """Whether a process runs; one that ended may wait for a parent to ask for it."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def alive(workers):
+    """Which processes live on; a worker looks for its rank every few seconds."""
+    left, until = set(workers), time.monotonic() + 60
+    while left and time.monotonic() < until:
+        left = {pid for pid in left if lives(pid)}
+        time.sleep(0.1)
+    return left
 
 
 def test_only_ranges_of_an_object_are_read(folder):

@@ -32,11 +32,16 @@ def test_results_come_back_in_the_order_of_ranks():
 
 
 def test_the_failing_ranks_traceback_comes_back():
-    """Which rank, which line; in the error, not beside it on the screen."""
+    """The exception itself; in its cause which rank and line; nothing on the screen."""
     said = call("bad")
-    assert "SpawnError: rank 1 failed: LookupError: nothing under that name" in said
+    assert said.startswith("LookupError: nothing under that name, from SpawnError(")
+    assert "rank 1 failed: LookupError: nothing under that name" in said
     assert 'calls.py", line' in said
-    assert said.rstrip().endswith("LookupError: nothing under that name")
+
+
+def test_a_function_that_is_in_no_module_travels_whole():
+    """A closure of a script, and what it gives, of the script's own type."""
+    assert call("local") == "[(True, 6, True)]\n"
 
 
 def test_a_time_limit_names_who_was_late():
@@ -47,13 +52,13 @@ def test_a_time_limit_names_who_was_late():
 @pytest.mark.parametrize(
     ("case", "said"),
     [
-        ("lambda", "cannot be sent.*write it as a function at the top of a module"),
-        ("unsendable", "a function cannot be sent.*return plain data"),
+        ("lock", "local cannot be sent.*make locks, files and connections within it"),
+        ("unsendable", "a lock cannot be sent.*return plain data"),
         ("none", "1 or more, got 0; write n=2"),
     ],
 )
 def test_what_cannot_be_sent_is_told_the_remedy(case, said):
-    """Functions without an importable name, results that pickle refuses, no ranks."""
+    """Arguments and results that no pickle takes, no ranks."""
     import re
 
     assert re.search(f"SpawnError.*{said}", call(case))

@@ -7,13 +7,8 @@ from accelx.errors import SpawnError
 from accelx.launch.failure import Failure, first, raised
 from accelx.launch.machine import Cpu, Machine, shares, usable_gpus
 from accelx.launch.options import parse
-from accelx.launch.plan import (
-    asked_for,
-    check_cores,
-    check_gpus,
-    rank_variables,
-    resolve,
-)
+from accelx.launch.place import alone, rank_variables
+from accelx.launch.plan import asked_for, check_cores, check_gpus, resolve
 from accelx.launch.system import LINUX, check_system
 
 # Two NUMA nodes of four cores; CPU n + 8 is the second hardware thread of core n.
@@ -182,7 +177,8 @@ def test_windows_is_told_that_one_process_needs_no_launcher():
 
 def test_ranks_meet_on_this_machine_through_the_launchers_store():
     """The variables are those that torch's env:// reads."""
-    variables = rank_variables(plan("-n", "2"), 1, 4711)
+    made = plan("-n", "2")
+    variables = rank_variables(made, alone(made, 4711)[1])
     assert variables["MASTER_ADDR"] == "127.0.0.1"
     assert variables["MASTER_PORT"] == "4711"
     assert variables["TORCHELASTIC_USE_AGENT_STORE"] == "True"

@@ -81,6 +81,14 @@ real = st.one_of(
         st.sampled_from(["full", "selective"]),
     ),
     st.builds(ax.compile, st.sampled_from([None, "layers.*"])),
+    st.builds(ax.with_lockstep, st.sampled_from([None, 60.0])),
+    st.builds(
+        ax.shard_stages,
+        st.sampled_from([ax.Env(), ENV]),
+        st.sampled_from(["balanced", "layers.2", ["a", "b.*"]]),
+        st.integers(1, 9),
+        st.sampled_from(["gpipe", "1f1b", "zbv"]),
+    ),
     st.builds(ax.with_local_sgd, st.just(ENV), st.integers(1, 9)),
     st.builds(ax.with_diloco, st.just(ENV), st.integers(1, 9), st.just(factor)),
     st.builds(

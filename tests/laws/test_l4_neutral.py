@@ -174,6 +174,9 @@ EXACT = {
     "ema-fsdp2": lambda env: with_passes(env, "fsdp2", with_ema(0.9)),
     "unmarked-bare": lambda env: unmarked(env, t.bare),
     "unmarked-masked": lambda env: unmarked(env, t.masked),
+    # last: from there on ranks compare
+    "lockstep-ddp": lambda env: with_passes(env, "ddp", ax.with_lockstep()),
+    "lockstep-fsdp2": lambda env: with_passes(env, "fsdp2", ax.with_lockstep(60)),
 }
 APART = {"unsynchronised": unsynchronised, "local sgd": apart_for_two}
 CONTROLS = {
@@ -237,16 +240,25 @@ FACTORIES = {  # one call of each public factory of passes
     "on_preempt": lambda: ax.on_preempt(ENV, "url"),
     "remat": lambda: remat(BLOCKS),
     "save_state": lambda: ax.save_state(ENV, "url", every=1),
+    "shard_experts": lambda: ax.shard_experts(ENV),
     "shard_loader": lambda: ax.shard_loader(ENV),
     "shard_model": lambda: ax.shard_model(ENV),
+    "shard_sequence": lambda: ax.shard_sequence(ENV),
+    "shard_stages": lambda: ax.shard_stages(ENV, "layers.2", 2),
+    "shard_tensors": lambda: ax.shard_tensors(ENV),
     "with_diloco": lambda: with_diloco(ENV, 2, torch.optim.SGD),
     "with_ema": lambda: with_ema(0.9),
     "with_local_sgd": lambda: with_local_sgd(ENV, 2),
+    "with_lockstep": ax.with_lockstep,
     "with_precision": lambda: ax.with_precision("fp16"),
     "with_schedule": lambda: ax.with_schedule(t.curve),
 }
 COVERED = {"accumulate", "shard_loader", "shard_model"}  # by the cases above
+COVERED |= {"shard_tensors", "shard_experts"}  # by files of that name in tests/multi
+COVERED |= {"shard_sequence"}  # by tests/multi/test_shard_sequence.py
+COVERED |= {"shard_stages"}  # by tests/multi/test_shard_stages.py
 COVERED |= {"compile", "on_preempt", "remat", "save_state", "with_ema"}
+COVERED |= {"with_lockstep"}
 
 
 def test_every_factory_of_passes_is_looked_at():

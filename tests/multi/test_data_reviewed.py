@@ -376,15 +376,21 @@ def differing(env, what, folder):
         return refused(lambda: fed(env, source, 0, 5))
     if what == "nothing":  # the control
         return refused(lambda: fed(env, DataLoader(ITEMS, 4)))
+    if what == "mixture":
+        held = {"a": range(8), "b": range(8, 16)}
+        turned = dict(reversed(held.items())) if last else held
+        return refused(lambda: fed(env, DataLoader(ax.mix(turned, [1, 1]), 4)))
     names = [written(folder / str(env.rank), f"{k}.jsonl", range(4)) for k in "ab"]
     files = ax.from_files(names[::-1] if last else names)
     tx = ax.shard_loader(env)
     return refused(lambda: list(ax.feed(tx, DataLoader(files, 4))))
 
 
-@pytest.mark.parametrize("what", ["empty", "start", "settings", "files", "nothing"])
+@pytest.mark.parametrize(
+    "what", ["empty", "start", "settings", "files", "mixture", "nothing"]
+)
 def test_ranks_with_different_data_hear_of_it_together(what, tmp_path):
-    """No rows on one rank, nothing to do on one, other settings, other files."""
+    """No rows or nothing to do on one rank; other settings, files, order of sources."""
     try:
         texts = run(2, timeout=15)(differing)(what, tmp_path)
     except RankError as error:

@@ -9,7 +9,13 @@ import time
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    TensorDataset,
+)
 
 import accelx as ax
 from accelx.testing import run
@@ -51,6 +57,18 @@ class Fatal(Epochal):
         if index == 9:
             os.kill(os.getpid(), signal.SIGKILL)
         return torch.tensor(index)
+
+
+class SlowParts(IterableDataset):
+    """A stream whose parts take the longer the higher the rank; whole, for rank 0."""
+
+    def __iter__(self):
+        return iter(range(11))
+
+    def split_by_rank(self, rank, world):
+        for i in range(rank, 11, world):
+            time.sleep(0.01 * rank)
+            yield i
 
 
 class Slow(Epochal):
@@ -122,12 +140,19 @@ def read(env):
             int(b.sum())
             for b in ax.feed(ax.shard_loader(env), DataLoader(Slow(env.rank), 6))
         ],
+        [
+            ax.gather_rows(env, batch, batch).tolist()
+            for batch in ax.feed(ax.shard_loader(env), DataLoader(SlowParts(), 6))
+        ],
     ]
 
 
 def test_a_dataset_is_told_the_epoch_wherever_it_is_read():
-    """On 1 and 3 ranks, by no worker and by two, from the start and gone on with."""
-    ((one, two, late, later, counts, _),) = run(1)(read)()
+    """On 1 and 3 ranks, by no worker and by two, from the start and gone on with.
+
+    Ranks that are slow change nothing, whether each reads its own or they meet.
+    """
+    ((one, two, late, later, counts, _, _),) = run(1)(read)()
     assert one == two
     assert late == later == one[4:]
     flat = [row for step in one[:3] for row in step]
@@ -138,6 +163,10 @@ def test_a_dataset_is_told_the_epoch_wherever_it_is_read():
     three = run(3)(read)()
     assert [each[:5] for each in three] == [[one, two, late, later, counts]] * 3
     assert sum(sum(each[5]) for each in three) == sum(range(11))
+    parts = three[0][6]
+    assert [each[6] for each in three] == [parts] * 3
+    assert [len(step) for step in parts] == [6, 5]
+    assert sorted(row for step in parts for row in step) == list(range(11))
 
 
 def killed(env):

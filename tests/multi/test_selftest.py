@@ -34,7 +34,8 @@ def test_the_door_says_that_all_is_well():
     assert data["sound"]
     assert (data["ranks"], data["backend"]) == (2, "gloo")
     assert [row["check"] for row in data["checks"]] == list(checks.CHECKS)
-    assert not done.stderr
+    said = done.stderr.splitlines()
+    assert not [line for line in said if not line.startswith("[Gloo]")]  # torch 2.9
 
 
 def test_nothing_is_left_of_the_checkpoint():

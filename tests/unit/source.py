@@ -7,9 +7,9 @@ from pathlib import Path
 # `env` for `env_axes` and the other parts that it is cut into.
 FLOORS = {
     0: "errors records tree match transform order state rows schedules"
-    " permutation dtypes cut",
-    1: "_torch env loader accept fetch prefetch comm rng storage deferred data explain"
-    " nonfinite",
+    " permutation dtypes cut text",
+    1: "_torch _xla env loader accept fetch prefetch comm rng storage deferred data"
+    " explain nonfinite",
     2: "engines saves",
     3: "passes",
     4: "run gradients optimizers fit report",

@@ -416,12 +416,14 @@ def test_axes_that_do_not_fit_say_what_does(axes, words):
 ONE, TWO = Env(), Env(1, 2, 1, 2)
 DEVICES = {
     "cpu": (Hardware(), TWO, "cpu", "gloo"),
-    "cuda": (Hardware(cuda=2), TWO, "cuda:1", "nccl"),
-    "cuda first": (Hardware(cuda=2, xpu=2, mps=True, xla=True), TWO, "cuda:1", "nccl"),
-    "xpu": (Hardware(xpu=2, xla=True), TWO, "xpu:1", "xccl"),
-    "mps": (Hardware(mps=True), ONE, "mps", "gloo"),
-    "mps is shared by no ranks": (Hardware(mps=True), TWO, "cpu", "gloo"),
-    "xla": (Hardware(xla=True), ONE, "xla", "xla"),
+    "cuda": (Hardware("cuda", 2), TWO, "cuda:1", "nccl"),
+    "cuda first": (Hardware("cuda", 2, xla=True), TWO, "cuda:1", "nccl"),
+    "xpu": (Hardware("xpu", 2, xla=True), TWO, "xpu:1", "xccl"),
+    "tpu, by torch_tpu": (Hardware("tpu", 4), TWO, "tpu:1", "tpu_dist"),
+    "one that is not known": (Hardware("npu", 4), TWO, "npu:1", "gloo"),
+    "mps": (Hardware("mps", 1), ONE, "mps", "gloo"),
+    "mps is shared by no ranks": (Hardware("mps", 1), TWO, "cpu", "gloo"),
+    "xla": (Hardware(xla=True), ONE, "xla", "gloo"),
 }
 
 
@@ -437,7 +439,17 @@ def test_the_device_is_a_function_of_the_machine(hardware, env, device, backend)
 def test_more_local_ranks_than_devices_are_refused():
     """The rank that finds no device says how many there are and what to write."""
     with pytest.raises(PlacementError, match=r"there are 1; .* connect\(device="):
-        choose_device(Hardware(cuda=1), TWO)
+        choose_device(Hardware("cuda", 1), TWO)
+
+
+def test_several_ranks_on_xla_are_refused():
+    """Each would take itself for the only one: said before anything is opened."""
+    with pytest.raises(PlacementError, match=r"one process.*2 ranks; start one"):
+        choose_device(Hardware(xla=True), TWO)
+    with pytest.raises(PlacementError, match="stay apart"):
+        connect(attrs.evolve(TWO, device="xla"), backend="xla")
+    with pytest.raises(PlacementError, match=r"connect\(device=\"cpu\"\)"):
+        connect(TWO, device="xla:0")
 
 
 def test_one_process_opens_no_group(monkeypatch):

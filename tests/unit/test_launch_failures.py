@@ -8,6 +8,7 @@ import traceback
 import attrs
 import pytest
 
+from accelx.comm_site import LIBRARY
 from accelx.launch import kernel, where
 from accelx.launch.failure import Failure, died, dumps, late, loads, raised
 from accelx.launch.reading import Seen, read, wants_count
@@ -175,7 +176,7 @@ def test_a_library_alone_shows_its_own_line():
     """Where no line is the program's, the deepest has to do."""
     frames = '  File "{0}/json/decoder.py", line 9 in f\n  File "{0}/x.py", line 2 in g'
     stack = f"Stack:\n{frames}"
-    lib = where.LIBRARY[0]
+    lib = LIBRARY[0]
     assert where.of_stack(stack.format(lib)) == f"{lib}/json/decoder.py:9, in f"
     mixed = stack.format(lib) + '\n  File "train.py", line 3 in main'
     assert where.of_stack(mixed) == "train.py:3, in main"

@@ -20,8 +20,19 @@ TEXTS = {
     "grace": {"0": 0.0, "1.5": 1.5, "30": 30.0},
     "timeout": {"600": 600.0, "0.5": 0.5, "none": None},
     "bind": {"auto": "auto", "always": "always", "never": "never"},
+    "nodes": {"1": (1, 1), "2": (2, 2), "1:4": (1, 4)},
+    "min_ranks": {"1": 1, "8": 8},
+    "max_ranks": {"8": 8, "16": 16},
+    "node_rank": {"auto": None, "0": 0, "3": 3},
+    "rendezvous": {"a-1:4": ("a-1", 4), "b": ("b", 29400), "[::1]:5": ("::1", 5)},
+    "job_id": {"run-7": "run-7", "a/b.c:1": "a/b.c:1"},
+    "restarts": {"0": 0, "3": 3},
+    "last_call": {"0": 0.0, "2.5": 2.5},
+    "join_timeout": {"1": 1.0, "600": 600.0},
+    "lost_after": {"4": 4.0},
 }
-DEFAULTS = {"prefix": False, "grace": 30.0, "bind": "auto"}
+DEFAULTS = {"prefix": False, "grace": 30.0, "bind": "auto", "restarts": 0}
+DEFAULTS |= {"last_call": 10.0, "join_timeout": 600.0}
 
 
 def test_every_setting_is_in_the_table():
@@ -75,6 +86,9 @@ def test_silence_decides_nothing(variables):
         ('timeout = "none"', None),
         ('log_dir = "logs"', "logs"),
         ('bind = "never"', "never"),
+        ("nodes = 2", (2, 2)),
+        ('nodes = "1:4"', (1, 4)),
+        ('rendezvous = "node0:29400"', ("node0", 29400)),
     ],
 )
 def test_a_file_is_toml(tmp_path, line, value):
@@ -101,6 +115,26 @@ def test_a_file_is_toml(tmp_path, line, value):
         ({}, {}, {"num_ranks": [2]}, r"1 or more, got \[2\] in a.toml"),
         ({"grace": "-1"}, {}, {}, "0 or more, got '-1'; write --grace 30"),
         ({"grace": "nan"}, {}, {}, "0 or more, got 'nan'; write --grace 30"),
+        ({"nodes": "0"}, {}, {}, "or a range such as 1:4, got '0'; write --nodes 2"),
+        ({"nodes": "4:1"}, {}, {}, "got '4:1'; write --nodes 2"),
+        ({"nodes": "2:"}, {}, {}, "got '2:'; write --nodes 2"),
+        ({}, {}, {"nodes": 2.0}, "got 2.0 in a.toml; write nodes = 2"),
+        ({"rendezvous": "a:b"}, {}, {}, "host:port, got 'a:b'; write --rendezvous no"),
+        ({"rendezvous": "a:0"}, {}, {}, "got 'a:0'; write --rendezvous node0:29400"),
+        (
+            {"node_rank": "-1"},
+            {},
+            {},
+            "from 0, or auto, got '-1'; write --node-rank au",
+        ),
+        (
+            {},
+            {"JOB_ID": "a b"},
+            {},
+            "is one word, got 'a b' in .*; write ACCELX_JOB_ID",
+        ),
+        ({}, {}, {"restarts": True}, "0 or more, got True in a.toml; write restarts ="),
+        ({"lost_after": "0"}, {}, {}, "1 or more, got '0'; write --lost-after 10"),
         (
             {},
             {"GRACE": "soon"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 from collections import namedtuple
 from itertools import islice
 
@@ -326,6 +327,22 @@ def test_leaving_early_ends_the_workers(persistent):
     next(found)
     assert len(multiprocessing.active_children()) == 2
     found.close()
+    assert not multiprocessing.active_children()
+
+
+class Stuck(Squares):
+    """Whose items come late."""
+
+    def __getitem__(self, index):
+        time.sleep(0.5)
+
+
+def test_a_worker_that_takes_too_long_is_an_error_and_ends():
+    """After `timeout`, with torch's text, and step and rank in the notes."""
+    loader = DataLoader(Stuck(8), 4, num_workers=1, timeout=0.2)
+    with pytest.raises(RuntimeError, match=r"timed out after 0\.2 seconds") as caught:
+        list(ax.feed(ax.shard_loader(ax.Env()), loader))
+    assert "the batch of step 0 on rank 0" in caught.value.__notes__[-1]
     assert not multiprocessing.active_children()
 
 

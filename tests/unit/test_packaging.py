@@ -65,8 +65,11 @@ def test_the_test_extra_is_what_the_tests_import():
         for _, name in imports(ast.parse(path.read_text()), path.name)
     }
     installed = {canonicalize_name(r.name).replace("-", "_") for r in declared("test")}
+    installed |= {"torch_xla"}  # of tests that are skipped without it
     installed |= {"sklearn"} if "scikit_learn" in installed else set()
+    installed |= {"yaml"} if "pyyaml" in installed else set()
     here = {"accelx", "tests", *(path.stem for path in files)}
+    here |= {"ray", "sagemaker"}  # of a cluster; what needs them is skipped without
     assert not names - {*sys.stdlib_module_names, *installed, *here}
 
 
@@ -79,13 +82,25 @@ def test_every_extra_of_the_design_is_there():
 def test_no_package_index_is_named():
     """Where packages come from is the machine's setting, not the repository's."""
     files = [*ROOT.glob("requirements*.txt"), ROOT / "pyproject.toml"]
-    files += [ROOT / "scripts" / name for name in ("_env", "demo", "test", "check")]
+    scripts = ("_env", "demo", "test", "test-xla", "check")
+    files += [ROOT / "scripts" / name for name in scripts]
     for path in files:
         assert not re.search(r"https?://|index-url|find-links", path.read_text()), path
 
 
+def test_xla_is_pinned_with_its_own_torch_and_else_as_everywhere():
+    """scripts/test-xla installs the extra, and all else as the other scripts do."""
+    found, usual = pins("requirements-xla.txt"), pins("requirements-check.txt")
+    for requirement in declared("xla"):
+        version = found[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), requirement
+    other = {n for n in found.keys() & usual.keys() if found[n] != usual[n]}
+    assert other == {"torch"}
+
+
 @pytest.mark.parametrize(
-    "script", ["scripts/demo", "scripts/test", "scripts/check", ".ci/run"]
+    "script",
+    ["scripts/demo", "scripts/test", "scripts/test-xla", "scripts/check", ".ci/run"],
 )
 def test_a_script_is_executable_and_parses(script):
     """A script can be started by its name, and is valid shell."""

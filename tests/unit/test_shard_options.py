@@ -1,5 +1,6 @@
 """What shard_model refuses on data alone, and how its settings print."""
 
+import attrs
 import pytest
 from hypothesis import given, strategies as st
 
@@ -22,13 +23,15 @@ HYBRID = r'got|but.*write env = ax.connect\(axes="replicate=2,shard=-1"\), or "f
 
 WRONG = [  # env, kind, options, what the error says
     (FLAT, "fsdp", {}, r"got 'fsdp'; write 'fsdp2'"),
-    (FLAT, "zero", {}, r"wants one of 'ddp', 'fsdp2', 'hsdp', got 'zero'"),
+    (FLAT, "zero", {}, r"wants one of 'ddp', 'fsdp2', 'hsdp', .*got 'zero'"),
     (FLAT, "hsdp", {}, HYBRID),
     (TURNED, "hsdp", {}, r"\(shard=2, replicate=2\); write"),
     (CUBE, "hsdp", {}, r"tensor=1\); write"),
     (ax.Env(world=3), "hsdp", {}, r"ranks are \(none\); write.*replicate=1,shard=-1"),
     (FLAT, "ddp", {"unused": "maybe"}, r"unused=.*got 'maybe'; write"),
-    (FLAT, "ddp", {"offload": True}, r"option of fsdp2 and hsdp.*for 'ddp'; leave"),
+    (FLAT, "ddp", {"offload": True}, r"option of fsdp2 and hsdp and deepspeed.*'ddp'"),
+    (FLAT, "fsdp2", {"stage": 1}, r"stage is an option of deepspeed, got stage=1"),
+    (FLAT, "deepspeed", {"ignored": "a"}, r"ignored is an option of fsdp2 and hsdp"),
     (FLAT, "ddp", {"ignored": "a"}, r"ddp keeps every weight whole"),
     (FLAT, "ddp", {"prefetch": 1}, r"or write 'fsdp2' or 'hsdp'"),
     (FLAT, "ddp", {"reshard_after_forward": False}, r"got reshard_after_forward=False"),
@@ -71,11 +74,37 @@ def test_fsdp2_refuses_two_axes(env, wanted):
         laid_out(env, "fsdp2")
 
 
+XLA = ax.Env(device="xla")
+MISFITS = [
+    (FLAT, "xla", r"one process.*4 ranks; start one, without torchrun"),
+    (ax.Env(), "xla", r'got .xla. on cpu; write connect\(device="xla"\)'),
+    (XLA, "ddp", r'got .ddp. on xla; write shard_model\(env, "xla"\)'),
+    (attrs.evolve(XLA, device="xla:0"), "fsdp2", r'write shard_model\(env, "xla"\)'),
+]
+
+
+@pytest.mark.parametrize(("env", "kind", "wanted"), MISFITS)
+def test_xla_is_one_process_with_a_kind_of_its_own(env, kind, wanted):
+    """Devices and kind are held to each other, without torch_xla."""
+    with pytest.raises(ax.PlacementError, match=wanted):
+        ax.shard_model(env, kind)
+
+
+@pytest.mark.parametrize("other", [ax.compile(), ax.remat("layers.*")])
+def test_xla_compiles_for_itself(other):
+    """What another compiler or another plan of memory would do is refused."""
+    one = ax.shard_model(XLA, "xla")
+    with pytest.raises(ax.OrderError, match="because XLA compiles the whole step"):
+        ax.chain(one, other)
+    ax.chain(ax.shard_model(ax.Env()), other)  # the control: elsewhere it is fine
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_rank_asks_for_no_axes(kind):
     """The same program runs on one process, whatever its axes are."""
     for axes in ((), FLAT.axes[:0], (ax.Axis("replicate", 1), ax.Axis("shard", 1))):
-        ax.shard_model(ax.Env(axes=axes), kind, unused="allow")
+        device = "xla" if kind == "xla" else "cpu"
+        ax.shard_model(ax.Env(device=device, axes=axes), kind, unused="allow")
     assert ax.shard_model(ax.Env(), "hsdp").find("shard_model").engine.name == "plain"
 
 
@@ -108,7 +137,12 @@ def some(kind):
         "ignored": glob,
         "prefetch": st.integers(0, 3),
     }
-    more = ours if kind == "ddp" else theirs
+    zeros = {
+        "offload": st.sampled_from([False, True]),
+        "stage": st.sampled_from([None, 1, 3]),
+        "config": st.sampled_from([None, {"zero_optimization": {"stage": 1}}]),
+    }
+    more = {"ddp": ours, "deepspeed": zeros, "xla": {}}.get(kind, theirs)
     return (
         st.fixed_dictionaries({}, optional={**shared, "blocks": shared["blocks"]})
         .map(lambda found: {"blocks": "layers.*", **found})
@@ -123,7 +157,7 @@ def some(kind):
 @given(st.data(), st.sampled_from(KINDS))
 def test_settings_print_as_the_code_that_makes_them(data, kind):
     """And compare by value (L9)."""
-    env = MESH if kind == "hsdp" else FLAT
+    env = {"hsdp": MESH, "xla": XLA}.get(kind, FLAT)
     one, other = (ax.shard_model(env, kind, **data.draw(some(kind))) for _ in range(2))
     again = eval(repr(one), dict(NAMED))
     assert again == one

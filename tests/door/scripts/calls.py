@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import time
 
 import accelx as ax
@@ -36,14 +37,21 @@ def slow():
 
 def unsendable():
     """A result that cannot travel."""
-    return lambda: 0
+    return threading.Lock()
+
+
+def local():
+    """A function that is in no module, around an object of the program's own type."""
+    mine = Answer(5)
+    return lambda: (Answer(mine.rank + 1), threading)
 
 
 CASES = {
     "good": lambda: ax.spawn(good, 1, n=2),
     "bad": lambda: ax.spawn(bad, n=2),
     "slow": lambda: ax.spawn(slow, n=2, timeout=8),
-    "lambda": lambda: ax.spawn(lambda: 0, n=2),
+    "local": lambda: ax.spawn(local(), n=1),
+    "lock": lambda: ax.spawn(local, threading.Lock(), n=2),
     "unsendable": lambda: ax.spawn(unsendable, n=1),
     "none": lambda: ax.spawn(bad, n=0),
 }
@@ -51,6 +59,11 @@ CASES = {
 if __name__ == "__main__":
     try:
         results = CASES[sys.argv[1]]()
-        print([(t.item(), type(a) is Answer, a.rank) for t, a in results])
+        if sys.argv[1] == "local":
+            print([(type(a) is Answer, a.rank, m is threading) for a, m in results])
+        else:
+            print([(t.item(), type(a) is Answer, a.rank) for t, a in results])
     except ax.SpawnError as error:
         print("SpawnError:", error)
+    except LookupError as error:
+        print(f"{type(error).__name__}: {error}, from {error.__cause__!r}")

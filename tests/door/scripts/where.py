@@ -28,8 +28,9 @@ def listening(pids):
     inodes = set().union(*map(sockets, pids))
     rows = [
         line.split()
+        for pid in pids  # each may be in a network namespace of its own
         for file in ("tcp", "tcp6")
-        for line in Path(f"/proc/net/{file}").read_text().splitlines()[1:]
+        for line in Path(f"/proc/{pid}/net/{file}").read_text().splitlines()[1:]
     ]
     return sorted({r[1].split(":")[0] for r in rows if r[3] == "0A" and r[9] in inodes})
 

@@ -1,0 +1,180 @@
+"""What this rank did last: a ring of its operations, readable after its end.
+
+It lies in memory that may be a file's. The kernel keeps that current, whatever becomes
+of the process, and without a thread, a handler or Python's lock.
+"""
+
+from __future__ import annotations
+
+import functools
+import mmap
+import re
+import struct
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from accelx.comm_site import FILE, Known, site
+
+if TYPE_CHECKING:
+    from accelx.records import Env
+
+    Told = dict[str, tuple[str, str]]  # part -> what must agree, how it is shown
+    Tell = Callable[[], Told]
+    # (env, name, at, tell): compares with the other ranks, before an operation
+    Check = Callable[[Env, str, str, Tell], None]
+
+SLOTS = 64  # operations that are kept
+HEAD = 256  # bytes before them, for who this is
+# number, begun, ended (monotonic), line, state, name, file, what it brings
+SLOT = struct.Struct(f"<QddII40s{FILE}s48s")
+END = struct.Struct("<dII")  # the same bytes, from `ended` on, which are at:
+AT = 16
+OPEN, ENDED, FAILED = 0, 1, 2
+LENGTH = HEAD + SLOTS * SLOT.size
+# What torch's errors say where ranks did not meet; read from torch 2.13.
+LOST = re.compile("[Tt]imed out|timeout|closed by peer|reset by peer|Broken pipe")
+
+_pack, _pack_end, _now = SLOT.pack_into, END.pack_into, time.monotonic
+
+
+class Entry:
+    """An operation under way: `with ring.begin(...):` ends it."""
+
+    __slots__ = ("at", "line", "memory")
+
+    def __init__(self, memory: Any, at: int) -> None:
+        self.memory, self.at, self.line = memory, at, 0
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            _pack_end(self.memory, self.at, _now(), self.line, ENDED)
+            return
+        _pack_end(self.memory, self.at, _now(), self.line, FAILED)
+        if isinstance(error, RuntimeError) and LOST.search(str(error)):
+            error.add_note(f"this rank was in {_said(self.memory, self.at - AT)}")
+
+
+def _entries(ring: Ring) -> list[Entry]:
+    return [Entry(ring.memory, HEAD + i * SLOT.size + AT) for i in range(SLOTS)]
+
+
+@attrs.define(eq=False)
+class Ring:
+    """The last operations of this process."""
+
+    memory: Any = attrs.field(factory=lambda: mmap.mmap(-1, LENGTH))
+    number: int = 0  # of operations begun
+    check: Check | None = None  # what `with_lockstep` does before each
+    leave: Callable[[], None] | None = None  # what is to be done at the end
+    known: Known = attrs.field(factory=dict)
+    names: dict[str, bytes] = attrs.field(factory=dict[str, bytes])
+    entries: list[Entry] = attrs.Factory(_entries, takes_self=True)  # made once: 0.2 us
+
+    def begin(
+        self, env: Env, name: str, what: Any = None, tell: Tell | None = None
+    ) -> Entry:
+        """Write that an operation begins; its Entry is to be ended.
+
+        `what` is what it brings: a tree as ranks tell of it, or the number of a step.
+        `tell` is what ranks that go in lockstep compare; without it they do not.
+        """
+        file, line = site(self.known)
+        self.number = number = self.number + 1
+        entry = self.entries[number % SLOTS]
+        entry.line = line
+        told = self.names.get(name) or self.names.setdefault(name, name.encode())
+        brings = b"" if what is None else _brings(what)
+        at = entry.at - AT
+        _pack(self.memory, at, number, _now(), 0.0, line, OPEN, told, file, brings)
+        if self.check is not None and tell is not None:
+            with entry:
+                self.check(env, name, f"{file.decode()}:{line}", tell)
+            _pack_end(self.memory, entry.at, 0.0, line, OPEN)
+        return entry
+
+    def move(self, memory: Any) -> None:
+        """Go on in other memory of the same length, such as a file's."""
+        memory[HEAD:] = self.memory[HEAD:]
+        self.memory = memory
+        self.entries = _entries(self)
+
+
+@functools.cache
+def ring_of(world: object) -> Ring:
+    """The ring of the process group `world`, made when it is first asked for."""
+    return Ring()
+
+
+def ring() -> Ring:
+    """The ring of the open process group."""
+    return ring_of(sys.modules["torch.distributed"].group.WORLD)
+
+
+def forget_rings() -> None:
+    """Drop the rings that were made: their group is being closed."""
+    leave = ring().leave if "torch.distributed" in sys.modules else None
+    if leave is not None:
+        leave()
+    ring_of.cache_clear()
+
+
+@attrs.frozen
+class Operation:
+    """One operation of a rank, as its ring has it."""
+
+    number: int  # of this rank's operations, from 1
+    name: str
+    file: str
+    line: int
+    brings: str = ""
+    state: int = OPEN
+    begun: float = 0.0  # seconds of the monotonic clock
+    ended: float = 0.0
+
+
+def operations(memory: Any) -> list[Operation]:
+    """The operations in a ring's memory, in their order."""
+    each = (_operation(memory, HEAD + i * SLOT.size) for i in range(SLOTS))
+    return sorted((one for one in each if one.number), key=lambda one: one.number)
+
+
+def _operation(memory: Any, at: int) -> Operation:
+    number, begun, ended, line, state, *texts = SLOT.unpack_from(memory, at)
+    name, file, brings = (t.rstrip(b"\0").decode(errors="replace") for t in texts)
+    return Operation(number, name, file, line, brings, state, begun, ended)
+
+
+def _said(memory: Any, at: int) -> str:
+    one = _operation(memory, at)
+    brings = f" of {one.brings}" * bool(one.brings)
+    return f"{one.name}{brings} at {one.file}:{one.line} (#{one.number})"
+
+
+def _brings(what: Any) -> bytes:
+    """`3 leaves, float32 (4, 8)` of a tree as told, `update 12` of a number."""
+    if type(what) is int:
+        return b"update %d" % what
+    if not what:
+        return b""
+    first = next(iter(what.values()))
+    dtype = getattr(first, "dtype", None)
+    return b"" if dtype is None else _shown(len(what), dtype, first.shape)
+
+
+@functools.lru_cache(maxsize=256)
+def _shown(count: int, dtype: object, shape: tuple[int, ...]) -> bytes:
+    many = f"{count} leaves, " * (count > 1)
+    return f"{many}{str(dtype).removeprefix('torch.')} {shape}".encode()

@@ -1,0 +1,202 @@
+"""Experts of a mixture on ranks of their own: tokens are sent to them and back."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from inspect import Parameter, signature
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from accelx import _torch, comm
+from accelx.comm_wire import dist, group
+from accelx.env_part import along
+from accelx.errors import PlacementError
+from accelx.match import Selector, select
+from accelx.records import Env
+
+if TYPE_CHECKING:
+    from accelx.engines.placed import Plan
+
+GIVEN = 3  # tokens, the experts of each, their weights
+DEALT = "_accelx_dealt"  # on a module whose experts are dealt out
+
+
+@attrs.frozen
+class Dealt:
+    """Where the experts of one module are."""
+
+    env: Env  # of the ranks that each hold some
+    each: int  # experts on one rank
+    names: tuple[str, ...]  # of the weights
+
+
+def chosen(model: nn.Module, selector: Selector, ranks: int) -> dict[str, nn.Module]:
+    """The modules whose experts `ranks` ranks hold, by name; refuses other forms."""
+    if selector == "auto":
+        found = {n: m for n, m in model.named_modules() if _of_transformers(m)}
+    else:
+        found = dict(select(model, selector))
+    if not found:
+        raise PlacementError(
+            f'shard_experts(env, "auto") knows the experts of transformers, and '
+            f"{type(model).__name__} has none; write shard_experts(env, "
+            '"layers.*.experts"), for modules whose weights have one expert a row'
+        )
+    for name, module in found.items():
+        _fits(name, module, ranks)
+    return found
+
+
+def _of_transformers(module: nn.Module) -> bool:
+    ours = type(module).__module__.startswith("transformers.")
+    return ours and type(module).__name__.endswith("Experts")
+
+
+def _fits(name: str, module: nn.Module, ranks: int) -> None:
+    own = dict(module.named_parameters(recurse=False))
+    counts = {p.shape[0] for p in own.values() if p.dim() > 1}
+    if len(counts) != 1 or len(list(module.parameters())) != len(own):
+        shapes = ", ".join(f"{n} {tuple(p.shape)}" for n, p in own.items()) or "none"
+        raise PlacementError(
+            f"shard_experts wants weights of {name} with one expert a row and no module "
+            f"in it with weights, got {shapes}; stack the experts' weights along dim 0"
+        )
+    takes = [p for p in signature(module.forward).parameters.values() if _given(p)]
+    if len(takes) < GIVEN:
+        shown = ", ".join(p.name for p in takes)
+        raise PlacementError(
+            f"shard_experts wants forward(tokens, index, weights) of {name}, a "
+            f"{type(module).__name__}, got forward({shown}); select the modules that "
+            "hold experts, and route outside them"
+        )
+    count = counts.pop()
+    if count % ranks:
+        raise PlacementError(
+            f"shard_experts deals the {count} experts of {name} out to {ranks} ranks, "
+            "which do not divide them; take a number of ranks that does: "
+            'connect(axes="data=-1,expert=2")'
+        )
+
+
+def _given(parameter: Parameter) -> bool:
+    return parameter.kind in (
+        Parameter.POSITIONAL_ONLY,
+        Parameter.POSITIONAL_OR_KEYWORD,
+    )
+
+
+def split(model: nn.Module, plan: Plan) -> list[nn.Module]:
+    """Leave on each rank its experts, and have their modules send tokens; the modules.
+
+    Every rank must hold the same numbers. Effect: weights become DTensors over the axis
+    expert, `forward` of these modules a function that exchanges tokens.
+    """
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    env: Env = plan.experts.over
+    mesh: Any = comm.mesh(env)
+    found = chosen(model, plan.experts.experts, env.world)
+    for module in found.values():
+        own = dict(module.named_parameters(recurse=False))
+        each = next(iter(own.values())).shape[0] // env.world
+        for name, p in own.items():
+            data = distribute_tensor(p.data, mesh, [Shard(0)], src_data_rank=None)
+            module.register_parameter(name, nn.Parameter(data, p.requires_grad))
+        vars(module)[DEALT] = Dealt(env, each, tuple(own))
+        vars(module)["forward"] = MethodType(_forward, module)
+    return list(found.values())
+
+
+def others(env: Env) -> Env:
+    """The ranks that hold the same experts."""
+    return along(env, *[axis.name for axis in env.axes if axis.name != "expert"])
+
+
+def agrees(plan: Plan) -> None:
+    """Refuse what is not done together with experts on ranks of their own."""
+    if plan.tensors is not None:
+        raise PlacementError(
+            "shard_experts is not done together with shard_tensors: the tokens of ranks "
+            "that share layers would be sent twice; leave one of them out"
+        )
+    if plan.kind not in ("ddp", "fsdp2"):
+        raise PlacementError(
+            f'shard_experts goes with "ddp" and "fsdp2", got {plan.kind!r}; write '
+            'shard_model(env, "fsdp2")'
+        )
+    for name in ("ignored", "hook", "static_graph", "offload"):
+        got = getattr(plan.options, name)
+        if got:
+            raise PlacementError(
+                f"shard_model({name}=...) is not for a chain with shard_experts, got "
+                f"{got!r}; leave it out"
+            )
+
+
+def _forward(module: Any, tokens: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Each token by its experts, wherever they are: (T, width), (T, k), (T, k)."""
+    here: Dealt = vars(module)[DEALT]
+    wanted = index.reshape(-1)
+    target = wanted // here.each
+    order = target.argsort(stable=True)
+    sent = torch.bincount(target, minlength=here.env.world)
+    got = _exchanged(here.env, sent)
+    there, back = sent.tolist(), got.tolist()
+    line: Any = group(here.env, "shard_experts")
+
+    def moved(rows: Tensor, out: list[int], into: list[int]) -> Tensor:
+        return _torch.all_to_all(rows, into, out, line)
+
+    source = order // index.shape[1]
+    arrived = moved(tokens[source], there, back)
+    which = moved(wanted[order], there, back) - here.env.rank * here.each
+    with _local(module, here) as own:
+        ones = torch.ones(len(which), 1, dtype=weights.dtype, device=weights.device)
+        made = type(module).forward(module, arrived, which[:, None], ones)
+        if not len(which):  # its weights take part on every rank, tokens or not
+            made = made + sum(p.reshape(-1)[:1].sum() for p in own) * 0
+    home = moved(made, back, there) * weights.reshape(-1)[order, None]
+    return torch.zeros_like(tokens).index_add(0, source, home.to(tokens.dtype))
+
+
+def _exchanged(env: Env, counts: Tensor) -> Tensor:
+    """How many rows each rank sends to this one."""
+    got = torch.empty_like(counts)
+    dist().all_to_all_single(got, counts, group=group(env, "shard_experts"))
+    return got
+
+
+@contextmanager
+def _local(module: nn.Module, here: Dealt) -> Generator[list[Tensor]]:
+    """The module with this rank's experts alone, as plain tensors."""
+    held: dict[str, Any] = {}
+    for name in here.names:  # seen before the parameter of that name
+        weight: Any = nn.Module.__getattr__(module, name)
+        held[name] = weight.to_local()
+    own: list[Tensor] = list(held.values())
+    count = vars(module).get("num_experts")
+    if count == here.each * here.env.world:  # what modules of transformers count by
+        held["num_experts"] = here.each
+    vars(module).update(held)
+    try:
+        yield own
+    finally:
+        for name in here.names:
+            vars(module).pop(name, None)
+        if "num_experts" in held:
+            vars(module)["num_experts"] = count
+
+
+def divide(names: frozenset[str], ranks: int, trained: Any) -> None:
+    """Make gradients of experts those of the sum over tokens.
+
+    Each came from all ranks of the axis, which the loss was multiplied for.
+    """
+    for name, p in trained:
+        if name in names and p.grad is not None:
+            _torch.local_of(p.grad).div_(ranks)

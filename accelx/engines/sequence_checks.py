@@ -1,0 +1,164 @@
+"""What would mix tokens of one rank as if they were the whole sequence: refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from accelx.engines.sequence import Site
+from accelx.errors import LossError, PlacementError
+from accelx.match import Selector, fits
+
+MIXERS = (
+    *(nn.Conv1d, nn.ConvTranspose1d, nn.RNNBase, nn.MultiheadAttention, nn.Flatten),
+    *(nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d),
+    *(nn.GroupNorm, nn.InstanceNorm1d),
+)
+Check = Callable[[Site, Any, Any], str | None]
+
+
+def vouched(model: nn.Module, allow: Iterable[Selector]) -> set[nn.Module]:
+    """The modules that `allow` takes, the model itself too, and all that is in them.
+
+    Raises PlacementError for a selector that takes none.
+    """
+    found: set[nn.Module] = set()
+    for selector in allow:
+        mine = [m for n, m in model.named_modules() if fits(selector, n, m)]
+        if not mine:
+            raise PlacementError(
+                f"shard_sequence(allow={selector!r}) matches no module of "
+                f"{type(model).__name__}; write a name or a glob such as 'layers.*', a "
+                "class, or a function (name, module) -> bool"
+            )
+        found |= {inner for m in mine for inner in m.modules()}
+    return found
+
+
+def check_modules(model: nn.Module, known: set[nn.Module]) -> None:
+    """Refuse modules that mix tokens in another way than by attention."""
+    for name, module in model.named_modules():
+        if module in known or not isinstance(module, MIXERS):
+            continue
+        kind = type(module).__name__
+        instead = (
+            "write torch.nn.functional.scaled_dot_product_attention"
+            if isinstance(module, nn.MultiheadAttention)
+            else "leave it out"
+        )
+        raise PlacementError(
+            f"shard_sequence exchanges tokens between ranks in "
+            f"scaled_dot_product_attention alone, but {name or 'the model'} is a "
+            f"{kind}, which would see one rank's tokens; {instead}, or, if it does not "
+            f"mix tokens here, vouch for it: allow={name or kind!r}"
+        )
+
+
+def _by_dim(index: Any, ndim: int) -> list[Any]:
+    """What `tensor[index]` asks of each dimension; empty where numbers choose rows."""
+    parts: list[Any] = list(index) if isinstance(index, tuple) else [index]  # type: ignore[reportUnknownArgumentType]
+    if any(isinstance(p, Tensor | list) for p in parts):
+        return []
+    taken = sum(p is not None and p is not Ellipsis for p in parts)
+    spread: list[Any] = []
+    for part in parts:
+        if part is Ellipsis:
+            spread += [slice(None)] * (ndim - taken)
+        elif part is not None:
+            spread.append(part)
+    return spread
+
+
+def _index(site: Site, args: Any, kwargs: Any) -> str | None:
+    tensor, wanted = args[0], _by_dim(args[1], args[0].dim())
+    if tensor.grad_fn is None and any(
+        _first(site, part, tensor, dim) for dim, part in enumerate(wanted)
+    ):
+        return _POSITIONS.format("cuts a table to", site.here)
+    held = tensor.dim() in (2, 3) and tensor.size(site.dim) == site.here
+    if not held or len(wanted) <= site.dim:
+        return None
+    part = wanted[site.dim]
+    return None if part in (slice(None), slice(0, None)) else _CUT
+
+
+def _first(site: Site, part: Any, tensor: Tensor, dim: int) -> bool:
+    """Whether a longer table is cut to the tokens here, as if they were the first."""
+    if not isinstance(part, slice) or part.stop != site.here or part.start:
+        return False
+    features = dim == tensor.dim() - 1 and dim > 0 and tensor.is_floating_point()
+    return tensor.size(dim) > (site.here or 0) and not features
+
+
+def _arange(site: Site, args: Any, kwargs: Any) -> str | None:
+    if "start" in kwargs or "end" in kwargs or len(args) > 2:
+        args = (*args, *(kwargs[k] for k in ("start", "end", "step") if k in kwargs))
+    counts = tuple(args) in ((site.here,), (0, site.here), (0, site.here, 1))
+    return _POSITIONS.format("counts positions up to", site.here) if counts else None
+
+
+def _softmax(site: Site, args: Any, kwargs: Any) -> str | None:
+    if args[0].dim() > 2 and tuple(args[0].shape[-2:]) == (site.here, site.here):
+        return (
+            f"takes a softmax over {site.here} x {site.here} tokens, which is "
+            "attention by hand among one rank's; write "
+            "torch.nn.functional.scaled_dot_product_attention"
+        )
+    return None
+
+
+def _along(site: Site, args: Any, kwargs: Any) -> str | None:
+    """Whether one of the dimensions that are worked along is that of tokens."""
+    tensor = args[0]
+    if not isinstance(tensor, Tensor) or tensor.dim() != 3:
+        return None
+    dims = kwargs.get("dim", kwargs.get("dims", args[-1] if len(args) > 1 else ()))
+    each = dims if isinstance(dims, tuple | list) else (dims,)
+    here = [d % 3 for d in each if isinstance(d, int) and not isinstance(d, bool)]  # type: ignore[reportUnknownVariableType]
+    return _CUT if site.dim in here and tensor.size(site.dim) == site.here else None
+
+
+def _convolved(site: Site, args: Any, kwargs: Any) -> str | None:
+    return _CUT if args[0].size(-1) == site.here else None
+
+
+_POSITIONS = (
+    "{} {}, which is one rank's part of the sequence; take positions from the batch, "
+    "such as torch.arange(length) for each row, and give them to the model"
+)
+_CUT = (
+    "takes a part of the tokens, shifts them or sums over them, which is another "
+    "result where a sequence is cut; shift labels where batches are made, so that "
+    "labels[:, i] belongs to tokens[:, i]"
+)
+CHECKS: dict[Any, Check] = {
+    Tensor.__getitem__: _index,
+    torch.arange: _arange,
+    F.conv1d: _convolved,
+    **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), _softmax),
+    **dict.fromkeys((torch.roll, Tensor.roll, torch.flip, Tensor.flip), _along),
+    **dict.fromkeys((torch.cumsum, Tensor.cumsum, torch.mean, Tensor.mean), _along),
+    **dict.fromkeys((torch.sum, Tensor.sum), _along),
+    **dict.fromkeys((torch.amax, Tensor.amax, torch.max, Tensor.max), _along),
+    **dict.fromkeys((torch.select, Tensor.select), _along),
+}
+
+
+def check_call(site: Site, func: Any, args: Any, kwargs: Any) -> None:
+    """Refuse a call of torch inside a loss that takes one rank's tokens for all."""
+    check = CHECKS.get(func)
+    if check is None or site.here is None:
+        return
+    said = check(site, args, kwargs)
+    if said is not None:
+        name = getattr(func, "__name__", str(func))
+        raise LossError(
+            f"shard_sequence: each rank has {site.here} of "
+            f"{site.here * site.layout.world} tokens, but {name} in the loss or the "
+            f"model {said}; if it is right on one rank's tokens, vouch for its module: "
+            "allow="
+        )

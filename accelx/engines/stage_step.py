@@ -1,0 +1,325 @@
+"""How a model in stages goes forward and backward, and what its ranks agree on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from accelx import _torch, comm, tree
+from accelx.comm_wire import dist, group
+from accelx.cut import Args, add, mean_of, rows_in
+from accelx.engines import placed, plain, whole
+from accelx.engines.placed import Placed
+from accelx.engines.stage_homes import owner
+from accelx.engines.stage_parts import legal, microbatches
+from accelx.engines.stage_pipe import HALVES, Pipe, pipe
+from accelx.engines.stage_route import Route, Through, led, route
+from accelx.engines.stage_walk import Walk, stand_ins
+from accelx.errors import CollectiveError, DataError, LossError
+from accelx.records import Engine, Env, Loss, Mean, Out
+from accelx.rows import Rows
+from accelx.saves.memory import view
+from accelx.saves.strict import digest
+
+if TYPE_CHECKING:
+    from accelx.engines.stages import Stages
+    from accelx.state import State
+
+ROUTES = 4  # shapes of batches that are remembered, with memory for each
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# (state, what a loss returned, its arguments, their rows) -> (scalar, scale, report)
+Weigh = Callable[[Any, Any, Args, Rows], tuple[Tensor, float, Out]]
+Inner = Callable[[Any, Args, Rows], tuple[Any, Out]]
+
+
+def stages_of(state: State) -> Stages:
+    """The stages that the model of `state` is cut into."""
+    return state.slots["shard_model"].stages
+
+
+def through(loss: Loss, weigh: Weigh) -> Inner:
+    """Forward and backward of a batch by way of all stages; nothing is divided yet.
+
+    The report is the last stage's, on all of them.
+    """
+
+    def grads(state: State, args: Args, rows: Rows) -> tuple[State, Out]:
+        stages, here = stages_of(state), state.slots["shard_model"]
+        parts = microbatches(args, stages.spec.n, rows, _alike(stages, here))
+        ran = way(stages, loss, parts[0])
+        if here.engine.name in ("fsdp2", "hsdp"):
+            _torch.fsdp_quiet(state.model)
+        job = _Job(state, stages, ran[0], loss, weigh, parts)
+        _pipe(stages, ran, len(parts), state).run(job.work)
+        return state, _told(stages, job)
+
+    return grads
+
+
+def _alike(stages: Stages, here: Placed) -> Callable[[int], int]:
+    """How many microbatches there are: as many on all ranks that gather together."""
+    count = legal(stages.spec.schedule, stages.env.world, stages.homes.count)
+    if here.env.world == 1 or here.engine.name == "ddp":
+        return count
+
+    def most(least: int) -> int:
+        mine = torch.tensor([count(least)], device=here.env.device)
+        ours = group(here.env, "shard_stages")
+        dist().all_reduce(mine, dist().ReduceOp.MAX, group=ours)
+        return count(int(mine))
+
+    found: list[int] = []
+
+    def once(least: int) -> int:
+        if not found:
+            found.append(most(least))
+        return found[0]
+
+    return once
+
+
+Ran = tuple[Route, dict[int, Pipe]]  # with the schedules that were made for it
+
+
+def way(stages: Stages, loss: Loss, args: Args) -> Ran:
+    """The route of a microbatch, learnt once for its shapes, on all stages together."""
+    training = stages.model.training
+    known = stages.routes if torch.is_grad_enabled() else stages.seen
+    key = (loss, training, *_shapes(args))
+    if key not in known:
+        _same_rows(stages.env, args)
+        stages.sketch.model.train(training)
+        found = route(stages.sketch, lambda m: loss(m, *args), stages.env.device)
+        while len(known) >= ROUTES:
+            del known[next(iter(known))]
+        known[key] = found, {}
+    return known[key]
+
+
+def _shapes(args: Any) -> list[Any]:
+    """What a route depends on: paths, shapes and dtypes, and numbers and words."""
+
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.shape, leaf.dtype
+        return leaf if isinstance(leaf, int | float | str | type(None)) else type(leaf)
+
+    return [(path, one(leaf)) for path, leaf in tree.flatten(args)]
+
+
+def _same_rows(env: Env, args: Any) -> None:
+    """Refuse other rows on other stages: each computes with what it was given."""
+    tensors = [leaf for leaf in tree.leaves(args) if isinstance(leaf, Tensor)]
+    mine = [digest(view(t.detach().cpu().contiguous())) for t in tensors]
+    if len({tuple(one) for one in comm.gather_objects(env, mine)}) > 1:
+        raise DataError(
+            f"the {env.world} ranks of a pipeline want the same batch, but they have "
+            "other rows; take it from ax.feed with shard_loader(env), or seed all "
+            "ranks alike: ax.seed(env, 0)"
+        )
+
+
+def _pipe(stages: Stages, ran: Ran, n: int, state: State) -> Pipe:
+    route, made = ran
+    if n not in made:
+        weights = tuple(p for _, p in state.trained)
+        made[n] = pipe(
+            route, stages.env, stages.spec.schedule, stages.homes.count, n, weights
+        )
+    return made[n]
+
+
+@attrs.define(eq=False)
+class _Job:
+    """The microbatches of one call, and what came of them."""
+
+    state: Any
+    stages: Stages
+    route: Route
+    loss: Loss
+    weigh: Weigh
+    parts: list[Args]
+    outs: list[Out] = attrs.field(factory=list)
+    failure: Exception | None = None
+
+    def work(self, stage: int, number: int, received: tuple[Tensor, ...]) -> Any:
+        """What a stage makes of a microbatch; after a failure, stand-ins for it."""
+        last = stage == self.stages.homes.count - 1
+        if self.failure is None:
+            try:
+                walk = Walk(self.stages.homes, self.route, stage, received)
+                part = self.parts[number]
+                result = self._walked(walk, part)
+                return self._loss(result, part) if last else self._sent(walk)
+            except Exception as error:  # told to all stages, which would wait for ever
+                self.failure = error
+        if last:
+            return torch.zeros((), requires_grad=True, device=self.stages.env.device)
+        return tuple(
+            one.requires_grad_(one.is_floating_point())
+            for one in stand_ins(self.route, stage, self.stages.env.device)
+        )
+
+    def _walked(self, walk: Walk, part: Args) -> Any:
+        result = None
+        with led(self.stages.way, walk), contextlib.suppress(Through):
+            result = self.loss(self.state.model, *part)
+        if not walk.called:
+            raise LossError(
+                "the loss wants to call the model once a microbatch, but for one it "
+                "returned without; write model(...) in the loss"
+            )
+        return result
+
+    def _loss(self, result: Any, part: Args) -> Tensor:
+        here: Placed = self.state.slots["shard_model"]
+        rows = rows_in(part, here.env.world)
+        if any(map(_torch.is_fake, tree.leaves(result))):
+            raise LossError(
+                "the loss depends on something that another stage computed; compute it "
+                "from what model(...) returns, without hidden states or attentions"
+            )
+        value, scale, out = self.weigh(self.state, result, part, rows)
+        self.outs.append(out)
+        half = value.dtype in (torch.float16, torch.bfloat16)
+        return (value.float() if half else value) * (scale * here.env.world)
+
+    def _sent(self, walk: Walk) -> tuple[Tensor, ...]:
+        apart = self.stages.spec.schedule in HALVES  # which detaches it in place
+        known = {id(one) for one in walk.received}
+
+        def one(t: Tensor) -> Tensor:
+            t = t.contiguous()
+            if t.is_floating_point() and not t.requires_grad:
+                return t.detach().clone().requires_grad_()
+            return t.clone() if apart or id(t) in known else t
+
+        return tuple(map(one, walk.sent))
+
+
+def _told(stages: Stages, job: _Job) -> Out:
+    """The last stage's report on all stages; raises on all where one has failed."""
+    env, spec = stages.env, stages.spec
+    last = owner(stages.homes.count - 1, env.world, spec.schedule)
+    out = add(job.outs) if env.rank == last and job.failure is None else None
+    numbers = torch.zeros(6, dtype=torch.float64)
+    numbers[0] = float(job.failure is not None)
+    if out is not None:
+        mean = mean_of(out)
+        total = torch.as_tensor(mean.total)
+        plain_mean = not isinstance(out.loss, Mean)
+        kind = DTYPES.index(total.dtype)
+        each = (float(total), float(mean.weight), plain_mean, out.aux is not None, kind)
+        numbers[1:] = torch.tensor([float(one) for one in each], dtype=torch.float64)
+    numbers = numbers.to(env.device)
+    comm.sum_scalars(env, numbers)
+    failed, total, weight, bare, aux, kind = numbers.tolist()
+    if failed:
+        _raise(env, job.failure)
+    given = comm.broadcast(env, out and out.aux, last) if aux else None
+    if out is not None:
+        return out
+    loss = torch.tensor(total, dtype=DTYPES[int(kind)], device=env.device)
+    if bare:
+        return Out(loss / max(1, weight), int(weight), aux=given)
+    heavy = torch.tensor(weight, dtype=torch.float64, device=env.device)
+    return Out(Mean(loss, heavy), heavy, aux=given)  # type: ignore[reportArgumentType]
+
+
+def _raise(env: Env, failure: Exception | None) -> None:
+    mine = failure and f"{type(failure).__name__}: {failure}"
+    texts = comm.gather_objects(env, mine)
+    if failure is not None:
+        raise failure
+    rank, text = next((r, t) for r, t in enumerate(texts) if t is not None)
+    raise CollectiveError(
+        f"every stage wants to compute its part, but rank {rank} of the axis stage "
+        f"failed: {text}"
+    )
+
+
+def settled(inner: Engine) -> Callable[[Any, Tensor | float], None]:
+    """`settle` of a model in stages whose copies `inner` reduces."""
+
+    def settle(state: State, scale: Tensor | float) -> None:
+        here: Placed = state.slots["shard_model"]
+        if inner.name in ("fsdp2", "hsdp"):
+            _torch.fsdp_reduce(state.model)
+        stages = stages_of(state)
+        tie(stages, state)
+        _all_used(stages, state, here)
+        if inner.name == "ddp":
+            _reduced(state, here)
+        inner.settle(state, scale)
+
+    return settle
+
+
+def tie(stages: Stages, state: State) -> None:
+    """Add up the gradients of weights that several stages have."""
+    for name, ranks in stages.ties.items():
+        p = stages.weights(state).get(name)
+        if p is None:
+            continue
+        some = torch.tensor([float(p.grad is not None)], device=stages.env.device)
+        dist().all_reduce(some, group=stages.groups[ranks])
+        if not some.item():
+            continue
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        local = _torch.local_of(p.grad) if _torch.is_dtensor(p.grad) else p.grad
+        flat = local.contiguous().to(stages.env.device)
+        dist().all_reduce(flat, group=stages.groups[ranks])
+        local.copy_(flat)
+
+
+def _all_used(stages: Stages, state: State, here: Placed) -> None:
+    """Raise on all stages where one has a weight without a gradient."""
+    missing = [n for n, p in state.trained if p.grad is None]
+    if here.unused == "allow":
+        return
+    numbers = torch.tensor([float(len(missing))], device=stages.env.device)
+    comm.sum_scalars(stages.env, numbers)
+    if numbers.item():
+        each = comm.gather_objects(stages.env, missing)
+        raise placed.unused([n for names in each for n in names], here)
+
+
+def _reduced(state: State, here: Placed) -> None:
+    """The mean of gradients over copies; what one copy alone used is used by all."""
+    used = torch.tensor([float(p.grad is not None) for _, p in state.trained])
+    used = used.to(here.env.device)
+    comm.sum_scalars(here.env, used)
+    for (_, p), some in zip(state.trained, used.tolist(), strict=True):
+        if some and p.grad is None:
+            p.grad = torch.zeros_like(p)
+    whole.reduce(plain.gradients(state), here.env)
+
+
+def clipped(inner: Engine) -> Callable[[Any, float | None], Tensor]:
+    """`clip` over all stages; weights that several of them have count once."""
+
+    def clip(state: State, limit: float | None) -> Tensor:
+        stages = stages_of(state)
+        ours = tuple(
+            (name, p)
+            for name, p in state.trained
+            if stages.ties.get(name, (stages.env.rank,))[0] == stages.env.rank
+        )
+        square = inner.clip(attrs.evolve(state, trained=ours), None).square()
+        square = square.to(stages.env.device)
+        comm.sum_scalars(stages.env, square)
+        norm = square.sqrt()
+        if limit is not None:
+            for grads in whole.parted(plain.gradients(state)):
+                if grads:
+                    factor = plain.shrink(norm, limit).to(grads[0].device)
+                    _torch.scale_(grads, factor)
+        return norm
+
+    return clip

@@ -1,0 +1,456 @@
+"""DeepSpeed changes no number: training, saving and what else a state can do."""
+
+from argparse import Namespace
+from importlib.util import find_spec
+
+import attrs
+import pytest
+import torch
+from torch import nn
+
+import accelx as ax
+from accelx import testing
+from accelx.engines.options import Options
+from tests.laws import training as t
+
+pytestmark = [
+    pytest.mark.multi,
+    t.quiet_views,
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is missing"),
+]
+STAGES = (0, 1, 2, 3)
+SLICED = {"zero_optimization": {"stage3_param_persistence_threshold": 20}}
+# sub-groups, weights that are kept elsewhere, slices that are no row's end
+AWKWARD = {
+    "zero_optimization": {
+        "stage3_param_persistence_threshold": 0,
+        "sub_group_size": 50,
+        "offload_param": {"device": "cpu"},
+    }
+}
+TURNED = {"zero_optimization": {"round_robin_gradients": True, "overlap_comm": True}}
+PLACES = {
+    "zero-0": {"stage": 0},
+    "zero-1": {"stage": 1},
+    "zero-2": {"stage": 2, "config": TURNED},
+    "zero-2-offload": {"stage": 2, "offload": True},
+    "zero-3": {"stage": 3, "config": SLICED},
+    "zero-3-offload": {"stage": 3, "offload": True, "config": AWKWARD},
+}
+single = t.made(torch.float32)
+DATA = t.batches(rows=(5, 1, 7, 4), dtype=torch.float32)
+
+
+def placing(env, place):
+    """The transform that places `Net` as one of PLACES, or as a kind of its own."""
+    if place in PLACES:
+        return ax.shard_model(env, "deepspeed", **PLACES[place])
+    return ax.shard_model(env, place, blocks="layers.*")
+
+
+def chain(env, place, *rest):
+    """With clip and a schedule, as `by_hand` trains."""
+    return ax.chain(
+        placing(env, place), ax.clip(t.LIMIT), ax.with_schedule(t.curve), *rest
+    )
+
+
+def whole(env, state):
+    """Every weight in full, by its first name."""
+    own = {n for n, _ in state.model.named_parameters()}
+    return {n: w.clone() for n, w in ax.stream_weights(env, state) if n in own}
+
+
+def go_on(env, tx, state, loss, data, split=t.even):
+    """A state after `data`, and what each step left."""
+    step, trace = ax.step(tx, loss), []
+    for batch in data:
+        state, out = step(state, t.part(env, batch, split))
+        assert out.stepped, out.skipped
+        norm = float("nan") if out.norm is None else out.norm.item()
+        trace.append(t.Step(float(out.loss), norm, whole(env, state)))
+    return state, trace
+
+
+def apart(judge, trace):
+    """The largest difference from the judge, who knows tied weights by more names."""
+    names = trace[0].weights
+    assert names
+    held = [attrs.evolve(s, weights={n: s.weights[n] for n in names}) for s in judge]
+    return t.apart(held, trace)
+
+
+def trained(env):
+    """How far each place ends from a loop by hand, and how far the control does."""
+    found = {}
+    for loss in (t.bare, t.masked):
+        judge = t.by_hand(single, loss, t.grouped, DATA)
+        for place in PLACES:
+            n, split = (3, t.lopsided) if loss is t.masked else (1, t.even)
+            tx = chain(env, place, ax.accumulate(n))
+            state = ax.init(tx, single, t.grouped)
+            _, trace = go_on(env, tx, state, loss, DATA, split)
+            found[place, loss.__name__] = apart(judge, trace)
+    tx = chain(env, "zero-2", ax.accumulate(3))
+    state = ax.init(tx, single, t.grouped)
+    _, trace = go_on(env, tx, state, t.mean_of_means, DATA)
+    return found, apart(judge, trace)
+
+
+def test_every_stage_trains_as_one_process_does():
+    """Losses, norms and weights at each step (L4); the mean of means does not."""
+    for found, control in testing.run(2, timeout=120)(trained)():
+        assert max(found.values()) < 1e-6, found
+        assert control > 1e-3
+
+
+def resharded(env, folder):
+    """From each place to each other, half-way: the gaps from an unbroken loop by hand.
+
+    And of a load that leaves the optimizer out, the control; and whether the same place
+    goes on to the bit.
+    """
+    judge = t.by_hand(single, t.masked, t.grouped, DATA)
+    zero = ("zero-1", "zero-2-offload", "zero-3-offload")
+    found, exact = {}, True
+    for place in (*zero, "ddp", "fsdp2"):
+        tx, url = chain(env, place), f"{folder}/{place}"
+        state, _ = go_on(env, tx, ax.init(tx, single, t.grouped), t.masked, DATA[:2])
+        ax.save_state(env, url)(state)
+        _, unbroken = go_on(env, tx, state, t.masked, DATA[2:])
+        into = (place, "ddp", "fsdp2", "zero-1") if place in zero else zero
+        for other in dict.fromkeys(into):
+            tx = chain(env, other, ax.load_state(env, url))
+            state = ax.init(tx, t.made(torch.float32, seed=3), t.grouped)
+            _, trace = go_on(env, tx, state, t.masked, DATA[2:])
+            found[place, other] = apart(judge[2:], trace)
+            if place == other:
+                exact &= t.same(trace[-1].weights, unbroken[-1].weights)
+    only = ("model.**", "step", "skipped", "slots.**")
+    tx = chain(env, "zero-3", ax.load_state(env, f"{folder}/zero-1", only=only))
+    state = ax.init(tx, t.made(torch.float32, seed=3), t.grouped)
+    control = apart(judge[2:], go_on(env, tx, state, t.masked, DATA[2:])[1])
+    return found, control, exact
+
+
+def test_a_checkpoint_goes_from_each_engine_to_each_other(tmp_path):
+    """Weights, moments and counts (L5, L6); without moments it is another run."""
+    for found, control, exact in testing.run(2, timeout=120)(resharded)(str(tmp_path)):
+        assert max(found.values()) < 1e-6, found
+        assert control > 1e-3
+        assert exact
+    judge = t.by_hand(single, t.masked, t.grouped, DATA)
+    for place in ("zero-1", "zero-3-offload"):
+        env = ax.Env()
+        tx = chain(env, "ddp", ax.load_state(env, str(tmp_path / place)))
+        state = ax.init(tx, t.made(torch.float32, seed=3), t.grouped)
+        assert apart(judge[2:], go_on(env, tx, state, t.masked, DATA[2:])[1]) < 1e-6
+
+
+def theirs(env, folder):
+    """DeepSpeed's own checkpoints of two stages after two steps, made universal."""
+    for place in ("zero-1", "zero-3"):
+        tx = chain(env, place)
+        state, _ = go_on(env, tx, ax.init(tx, single, t.grouped), t.masked, DATA[:2])
+        engine = state.slots["shard_model"].handle.engine
+        engine.save_checkpoint(f"{folder}/{place}", tag="two")
+        ax.barrier(env)
+        how = Namespace(
+            input_folder=f"{folder}/{place}/two",
+            output_folder=f"{folder}/{place}-universal",
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,
+        )
+        if env.main:
+            from deepspeed.checkpoint import ds_to_universal  # imported quietly before
+
+            ds_to_universal.main(how)
+
+
+def test_a_run_of_deepspeed_is_gone_on_with(tmp_path):
+    """Its universal checkpoints are imported: weights, moments, groups and counts."""
+    testing.run(2, timeout=120)(theirs)(str(tmp_path))
+    judge = t.by_hand(single, t.masked, t.grouped, DATA)
+    only = ("model.**", "optim.**", "step", "skipped")
+    for place in ("zero-1", "zero-3"):
+        out = str(tmp_path / f"{place}-ours")
+        source = str(tmp_path / f"{place}-universal")
+        report = ax.import_state(source, out, single, t.grouped)
+        assert (report.step, report.left_out) == (2, ())
+        env = ax.Env()
+        tx = chain(env, "ddp", ax.load_state(env, out, only=only))
+        state = ax.init(tx, t.made(torch.float32, seed=3), t.grouped)
+        trace = go_on(env, tx, state, t.masked, DATA[2:])[1]
+        assert apart(judge[2:], trace) < 1e-6
+        with pytest.raises(ax.CheckpointError, match="ds_to_universal --input_folder"):
+            ax.import_state(str(tmp_path / place / "two"), out)
+
+
+def raising(env, place):
+    """A loss, and a backward, that raise leave nothing; a skipped step neither."""
+    calls = []
+
+    def breaks(model, batch):
+        calls.append(1)
+        loss = t.masked(model, batch)
+        if len(calls) % 2 == 0:
+            raise KeyError("no such column")
+        return loss
+
+    def overflows(model, batch):
+        return t.masked(model, batch).total * float("inf")
+
+    tx = chain(env, place, ax.accumulate(2))
+    judge = t.by_hand(single, t.masked, t.grouped, DATA[:2])
+    state = ax.init(tx, single, t.grouped)
+    with pytest.raises(KeyError, match="no such column"):
+        ax.step(tx, breaks)(state, t.part(env, DATA[0]))
+    state, one = go_on(env, tx, state, t.masked, DATA[:1])
+    state, out = ax.step(tx, overflows)(state, t.part(env, DATA[0]))
+    assert not out.stepped
+    assert "norm" in out.skipped
+    assert apart(judge, [*one, *go_on(env, tx, state, t.masked, DATA[1:2])[1]]) < 1e-6
+
+
+def average(env, place):
+    """The average of weights over three steps, as ddp has it; weights set by hand."""
+    if PLACES[place]["stage"] == 3:
+        return None
+    kept = []
+    for kind in ("ddp", place):
+        tx = chain(env, kind, ax.with_ema(0.5))
+        state = ax.init(tx, single, t.grouped)
+        with torch.no_grad():
+            for _, p in state.trained:
+                p.mul_(0.5)
+        state, _ = go_on(env, tx, state, t.masked, DATA[:3])
+        with ax.averaged(state):
+            kept.append(whole(env, state))
+    return max((kept[0][n] - kept[1][n]).abs().max().item() for n in kept[0])
+
+
+class Small(nn.Sequential):
+    """A network that is half of a pair."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 4))
+
+
+def pair(env, place):
+    """A generator and a critic, each the other's argument; as ddp has them."""
+    kept = []
+    for kind in ("ddp", place):
+        tx = ax.chain(placing_small(env, kind), ax.clip(t.LIMIT))
+        states = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            states.append(
+                ax.init(tx, Small(), lambda m: torch.optim.AdamW(m.parameters()))
+            )
+        gen, critic = states
+        judge = ax.step(
+            tx, lambda d, x, z: (d(x) - 1).square().mean() + d(z).square().mean()
+        )
+        fool = ax.step(tx, lambda g, z, d: (d(g(z)) - 1).square().mean())
+        torch.manual_seed(env.rank)
+        for _ in range(2):
+            x, z = torch.randn(2, 4, 4)
+            with ax.evaluating(gen) as model:
+                made = model(z)
+            critic, _ = judge(critic, x, made)
+            with ax.frozen(critic) as model:
+                gen, _ = fool(gen, z, model)
+        kept.append(
+            {**whole(env, gen), **{f"d.{n}": w for n, w in whole(env, critic).items()}}
+        )
+    return max((kept[0][n] - kept[1][n]).abs().max().item() for n in kept[0])
+
+
+def placing_small(env, place):
+    """`placing` without blocks."""
+    return placing(env, place) if place in PLACES else ax.shard_model(env)
+
+
+def halves(env, place):
+    """grads and apply, with a look at other rows between them; both by torch."""
+    tx = ax.chain(ax.with_precision("fp32"), placing(env, place), ax.clip(t.LIMIT))
+    judge = t.by_hand(single, t.masked, t.grouped, DATA[:1], factor=lambda k: 1.0)
+    state = ax.init(tx, single, t.grouped)
+    state, out = ax.grads(tx, t.masked)(state, t.part(env, DATA[0]))
+    look = ax.measure(tx, lambda m, b: {"loss": t.masked(m, b)})
+    with torch.no_grad():
+        wanted = t.masked(single(), DATA[2])
+    seen = ax.reduce(env, look(state, t.part(env, DATA[2])))["loss"]
+    assert abs(float(seen.value) - float(wanted.value)) < 1e-6
+    state, out = ax.apply(tx)(state, out)
+    step = t.Step(float(out.loss), out.norm.item(), whole(env, state))
+    assert apart(judge, [step]) < 1e-6
+
+
+def halved(env, place):
+    """bf16 is what ddp makes of it, and another run than float32."""
+    ends = []
+    for kind, wanted in (("ddp", "bf16"), (place, "bf16"), (place, "fp32")):
+        tx = chain(env, kind, ax.with_precision(wanted))
+        state = ax.init(tx, single, t.grouped)
+        state, trace = go_on(env, tx, state, t.masked, DATA[:2])
+        ends.append(trace)
+    assert apart(ends[0], ends[2]) > 1e-4
+    return apart(ends[0], ends[1])
+
+
+def behaves(env):
+    """All of the above for each place: the gaps, by what they are of."""
+    found = {}
+    for place in PLACES:
+        raising(env, place)
+        halves(env, place)
+        found[place, "average"] = average(env, place)
+        found[place, "pair"] = pair(env, place)
+        found[place, "bf16"] = halved(env, place)
+    return found
+
+
+def test_a_state_does_what_it_does_on_every_engine():
+    """Errors, skips, averages, critics, halves of a step, evaluation, precision."""
+    for found in testing.run(2, timeout=120)(behaves)():
+        assert max(gap for gap in found.values() if gap is not None) < 1e-6, found
+
+
+def kept(env, place):
+    """That model, optimizer, names and the environment are as they were."""
+    import os
+
+    model, before = single(), dict(os.environ)
+    names = list(model.state_dict())
+    tx = chain(env, place)
+    state = ax.init(tx, model, t.grouped)
+    state, _ = go_on(env, tx, state, t.masked, DATA[:1])
+    assert state.model is model
+    assert (type(model), type(state.optim)) == (t.Net, torch.optim.AdamW)
+    assert list(model.state_dict()) == names
+    assert dict(os.environ) == before
+    first = state.optim.param_groups[0]["lr"]
+    assert first == t.RATE * t.curve(0)
+
+
+def used(env, tx, optim, loss, twice):
+    """A state that is trained, twice, and copied."""
+    state = ax.init(tx, single, optim)
+    step = ax.grads if twice else ax.step
+    for _ in range(2):
+        state, _ = step(tx, loss)(state, t.part(env, DATA[0]))
+    ax.fork(state)
+
+
+def refused(env, tx, optim, words, loss=t.bare, twice=False):
+    """That a chain, an optimizer or a second call is refused, with what to write."""
+    with pytest.raises(ax.AccelxError, match=words):
+        used(env, tx, optim, loss, twice)
+
+
+def lion(model):
+    """An optimizer of matrices."""
+    named = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.Adafactor(named)
+
+
+def unused(model, batch):
+    """A loss that leaves the blocks out."""
+    return model.head(model.embed(batch[0])).mean()
+
+
+def infinite(model, batch):
+    """A loss whose gradients are no numbers."""
+    return t.bare(model, batch) * float("nan")
+
+
+def refusals(env):
+    """What is refused when there are ranks."""
+    one, two, three = (placing(env, f"zero-{n}") for n in (1, 2, 3))
+    for place in PLACES:
+        kept(env, place)
+    refused(env, two, t.grouped, r"cannot be copied.*save and load.*fsdp2")
+    refused(env, two, t.grouped, "holds the gradients of one ax.grads", twice=True)
+    refused(env, two, t.pair, "one optimizer a model, got AdamW, SGD.*param_groups")
+    refused(env, two, lion, "flat slices.*Adafactor.*stage=0")
+    refused(env, two, None, "trains with an optimizer.*ax.init")
+    refused(env, two, t.grouped, r"got no gradient on.*layers\.0", loss=unused)
+    refused(env, three, t.grouped, "not finite; add clip", loss=infinite)
+    refused(env, ax.chain(three, ax.with_ema(0.9)), t.grouped, "with_ema.*stage=2")
+    refused(env, ax.chain(one, ax.clip_value(1.0)), t.grouped, "clip_value.*stage=0")
+    with pytest.raises(ax.PlacementError, match=r"wants the optimizer.*ax.init"):
+        two(single())
+    with pytest.raises(ax.PlacementError, match=r"float64, but embed.weight.*fp32"):
+        ax.init(one, t.made(), t.grouped)
+    with pytest.raises(ax.PlacementError, match=r"float32, but embed.weight is .*fp32"):
+        ax.init(two, t.made(torch.bfloat16), t.grouped)
+
+
+def test_what_is_kept_and_what_is_refused():
+    """Object, class, names, environment (L8); else an error that says what to write."""
+    testing.run(2, timeout=120)(refusals)()
+
+
+def language(env, folder):
+    """A tiny model of transformers over stage 3: its losses, its export read again."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=17,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+
+    def make():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config)
+
+    def loss(model, ids):
+        return model(input_ids=ids, labels=ids).loss
+
+    ids = torch.arange(4 * 5).view(4, 5) % 17
+    optim = lambda m: torch.optim.AdamW(m.parameters(), 1e-2)  # noqa: E731
+    judge, hand = make(), []
+    by = optim(judge)
+    for _ in range(3):
+        value = loss(judge, ids)
+        value.backward()
+        by.step()
+        by.zero_grad()
+        hand.append(value.item())
+    tx = ax.chain(placing(env, "zero-3"), ax.accumulate(2))
+    state = ax.init(tx, make, optim)
+    step, ours = ax.step(tx, loss), []
+    for _ in range(3):
+        state, out = step(state, ax.split(env, ids))
+        ours.append(float(out.loss))
+    ax.export((env, state), folder)
+    again = make()
+    ax.load_weights(folder)(again)
+    pairs = zip(again.parameters(), judge.parameters(), strict=True)
+    gap = max((a - b).abs().max().item() for a, b in pairs)
+    return max(abs(a - b) for a, b in zip(hand, ours, strict=True)), gap
+
+
+def test_a_model_of_transformers_is_sliced_and_exported(tmp_path):
+    """It trains as by hand, and what it exports is what was trained."""
+    for losses, weights in testing.run(2, timeout=120)(language)(str(tmp_path)):
+        assert losses < 1e-5
+        assert weights < 1e-5
+
+
+def test_one_rank_is_the_plain_model():
+    """DeepSpeed is not imported for it, and settings are checked all the same."""
+    env = ax.Env()
+    tx = ax.shard_model(env, "deepspeed", stage=3)
+    assert tx.find("shard_model").engine.name == "plain"
+    state = ax.init(tx, t.made(), t.grouped)
+    assert ax.step(tx, t.bare)(state, DATA[0])[1].stepped
+    assert Options().stage is None

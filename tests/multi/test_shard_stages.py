@@ -1,0 +1,427 @@
+"""A model in stages over ranks is that of one process: every number, every save."""
+
+import re
+from functools import cache
+
+import pytest
+import torch
+import torch.distributed.pipelining  # ranks are forked: once here, not once in each
+from torch import nn
+
+import accelx as ax
+from accelx import testing
+from accelx.engines import stage_step
+from accelx.engines.stage_pipe import SCHEDULES
+from tests.laws import training as t
+
+traced = "ignore:The .grad attribute of:UserWarning"  # torch says it while it traces
+pytestmark = [pytest.mark.multi, t.quiet_views, pytest.mark.filterwarnings(traced)]
+ROWS = (5, 1, 8, 4)  # fewer than microbatches, and not divided by them
+FOUR = ["layers.1", "layers.2", "layers.3"]
+SINGLE = ("gpipe", "1f1b")
+
+
+def split_of(schedule):
+    """Two stages, or four where a rank has two."""
+    return ["layers.2"] if schedule in SINGLE else FOUR
+
+
+def rows_of(env):
+    """The ranks that have rows of their own."""
+    names = {axis.name for axis in env.axes}
+    return ax.along(env, "data") if "data" in names else ax.Env()
+
+
+def chain(env, kind, schedule, n, *rest):
+    """A model in stages with clip and a schedule, as `by_hand` trains."""
+    blocks = None if kind == "ddp" else "layers.*"
+    return ax.chain(
+        ax.shard_stages(env, split_of(schedule), n, schedule),
+        ax.shard_model(env, kind, blocks=blocks),
+        *rest,
+        ax.clip(t.LIMIT),
+        ax.with_schedule(t.curve),
+    )
+
+
+@cache
+def judged(loss, rows=ROWS):
+    """What one process makes of whole batches."""
+    return t.by_hand(t.made(), loss, t.grouped, t.batches(rows))
+
+
+def gap(env, tx, loss, model=None, rows=ROWS):
+    """The largest difference from the judge, in losses, norms and this rank's weights.
+
+    And the names of its weights, each under all of them.
+    """
+    state = ax.init(tx, model or t.made()(), t.grouped)
+    step, found = ax.step(tx, loss), [0.0]
+    for batch, wanted in zip(t.batches(rows), judged(loss, rows), strict=True):
+        state, out = step(state, t.part(rows_of(env), batch))
+        assert out.stepped, out.skipped
+        found += [
+            abs(float(out.loss) - wanted.loss),
+            abs(float(out.norm) - wanted.norm),
+        ]
+        for name, p in state.model.named_parameters(remove_duplicate=False):
+            found.append((t.whole(p) - wanted.weights[name]).abs().max().item())
+    return max(found), {n for n, _ in state.model.named_parameters()}
+
+
+LOSSES = {"bare": t.bare, "masked": t.masked}
+TWO = [(s, loss, 3) for s in SCHEDULES for loss in LOSSES]
+TWO += [("1f1b", "masked", 1), ("interleaved", "bare", 5)]
+REST = {
+    "accumulate": lambda: [ax.accumulate(2)],
+    "remat": lambda: [ax.remat("layers.*")],
+    "compile": lambda: [ax.compile("layers.*", backend="eager")],
+    "ema": lambda: [ax.with_ema(0.9)],
+}
+
+
+def unshared(env):
+    """The gap of a run whose tied weights are each stage's own: what must not pass."""
+    tie, stage_step.tie = stage_step.tie, lambda stages, state: None
+    try:
+        return gap(env, chain(env, "ddp", "1f1b", 2), t.masked)[0]
+    finally:
+        stage_step.tie = tie
+
+
+def mean_of_means(env):
+    """The gap of a loss that takes each microbatch's own mean: what must not pass."""
+    tx, judge = chain(env, "ddp", "1f1b", 2), judged(t.masked)
+    run = t.train(tx, ax.Env(), t.made()(), t.mean_of_means, t.grouped, t.batches(ROWS))
+    return abs(run[-1].loss - judge[-1].loss)
+
+
+def two(env):
+    """All that two ranks with a stage or two each are tried on."""
+    found = {c: gap(env, chain(env, "ddp", c[0], c[2]), LOSSES[c[1]]) for c in TWO}
+    for name, rest in REST.items():
+        found[name] = gap(env, chain(env, "ddp", "1f1b", 2, *rest()), t.masked)
+    found["factory"] = gap(env, chain(env, "ddp", "1f1b", 2), t.bare, t.made())
+    return found | {"unshared": unshared(env), "means": mean_of_means(env)}
+
+
+@cache
+def on_two():
+    """Of each of two ranks its gaps."""
+    judged(t.bare), judged(t.masked)
+    return testing.run(2, axes="stage=2", timeout=120)(two)()
+
+
+@pytest.mark.parametrize("case", [*TWO, *REST, "factory"], ids=str)
+def test_two_ranks_make_the_run_of_one(case):
+    """Every loss, norm and weight after every step, by every schedule, ties and all."""
+    found = [rank[case][0] for rank in on_two()]
+    assert max(found) < 1e-10, found
+
+
+def test_control_ties_that_are_not_kept_are_another_run():
+    """The comparison sees a tied weight that each stage trains by itself."""
+    assert min(rank["unshared"] for rank in on_two()) > 1e-4
+
+
+def test_control_the_mean_of_means_is_another_run():
+    """The comparison sees a loss that each microbatch divides by its own tokens."""
+    assert min(rank["means"] for rank in on_two()) > 1e-4
+
+
+def test_a_rank_has_the_weights_of_its_stages_alone():
+    """Together they have all; only what is tied over stages is on both."""
+    first, second = (rank[("1f1b", "bare", 3)][1] for rank in on_two())
+    names = {name for name, _ in t.made()().named_parameters()}
+    assert first | second == names
+    assert first & second == {"embed.weight"}
+    assert "layers.0.outer.weight" in first - second
+    assert "layers.3.inner.weight" in second - first
+
+
+FOURS = [
+    ("ddp", "1f1b", "bare"),
+    ("ddp", "zbv", "masked"),
+    ("fsdp2", "1f1b", "masked"),
+    ("fsdp2", "interleaved", "bare"),
+]
+
+
+def four(env):
+    """Two stages, each on two ranks with rows of their own."""
+    found = {c: gap(env, chain(env, c[0], c[1], 2), LOSSES[c[2]])[0] for c in FOURS}
+    tx = chain(env, "fsdp2", "1f1b", 2)
+    found["factory"] = gap(env, tx, t.masked, t.made())[0]
+    tx = chain(env, "fsdp2", "gpipe", 2, ax.accumulate(2))
+    found["accumulate"] = gap(env, tx, t.bare)[0]
+    return found
+
+
+@cache
+def on_four():
+    """Of each of four ranks its gaps."""
+    judged(t.bare), judged(t.masked)
+    return testing.run(4, axes="data=2,stage=2", timeout=120)(four)()
+
+
+@pytest.mark.parametrize("case", [*FOURS, "factory", "accumulate"], ids=str)
+def test_stages_over_data_make_the_run_of_one(case):
+    """Copies and slices of stages, ranks with few rows and with none."""
+    found = [rank[case] for rank in on_four()]
+    assert max(found) < 1e-10, found
+
+
+def halves(env, url, first):
+    """Three steps and a save, or what was saved and three steps more."""
+    staged = any(axis.name == "stage" for axis in env.axes)
+    kind = "fsdp2" if env.world == 4 else "ddp"
+    cut = [ax.shard_stages(env, "layers.2", 2)] if staged else []
+    load = [] if first else [ax.load_state(env, url)]
+    tx = ax.chain(
+        *cut,
+        ax.shard_model(env, kind),
+        ax.with_ema(0.9),
+        ax.clip(t.LIMIT),
+        ax.with_schedule(t.curve),
+        *load,
+    )
+    state = ax.init(tx, t.made(seed=1 if first else 2), t.grouped)
+    step, losses = ax.step(tx, t.masked), []
+    data = t.batches((5, 1, 7, 4, 6, 8))
+    for batch in data[:3] if first else data[3:]:
+        state, out = step(state, t.part(rows_of(env), batch))
+        losses.append(float(out.loss))
+    if first:
+        ax.save_state(env, url)(state)
+    mean = ax.measure(tx, lambda model, batch: t.masked(model, batch))
+    got = ax.reduce(env, mean(state, t.part(rows_of(env), data[0])))
+    with ax.averaged(state) as model:
+        averaged = model(data[0][0]).sum().item()
+    named = state.model.named_parameters(remove_duplicate=False)
+    weights = {n: t.whole(p).clone() for n, p in named}
+    return [*losses, float(got.value), averaged], weights
+
+
+def off(run, judge):
+    """How far a run's numbers and weights are from those of another."""
+    numbers = [abs(a - b) for a, b in zip(run[0], judge[0], strict=True)]
+    return max(
+        numbers + [(w - judge[1][n]).abs().max().item() for n, w in run[1].items()]
+    )
+
+
+def test_what_stages_save_any_layout_loads(tmp_path):
+    """Two by two saves, one goes on; one saves, two stages do; averages come along."""
+    alone = ax.Env()
+    judge = halves(alone, str(tmp_path / "one"), True)
+    rest = halves(alone, str(tmp_path / "one"), False)
+    url = str(tmp_path / "four")
+    for run in testing.run(4, axes="data=2,stage=2")(halves)(url, True):
+        assert off(run, judge) < 1e-10
+    assert off(halves(alone, url, False), rest) < 1e-10
+    for run in testing.run(2, axes="stage=2")(halves)(str(tmp_path / "one"), False):
+        assert off(run, rest) < 1e-10
+    for run in testing.run(2, axes="stage=2")(halves)(url, False):
+        assert off(run, rest) < 1e-10
+
+
+def test_control_another_start_is_another_run(tmp_path):
+    """The comparison sees weights that were not loaded."""
+    alone = ax.Env()
+    one = halves(alone, str(tmp_path / "one"), True)
+    assert off(halves(alone, str(tmp_path / "one"), False), one) > 1e-4
+
+
+class Tiny(nn.Module):
+    """Four blocks, with a switch for each thing that cannot be cut."""
+
+    def __init__(self, how=""):
+        super().__init__()
+        self.how = how
+        self.embed = nn.Linear(3, 4)
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(4)])
+        self.head = nn.Linear(4, 1)
+        self.late = nn.Linear(4, 4)  # registered after the head
+
+    def forward(self, x):
+        first = x = self.embed(x)
+        if self.how == "late":
+            x = self.late(x)
+        if self.how == "branch" and x.sum() > 0:
+            x = -x
+        if self.how == "noise":
+            x = x + torch.randn(4)
+        if self.how == "into":
+            made = torch.zeros(len(x), 4)
+            made[:] = x
+            x = made
+        for i, layer in enumerate(self.layers):
+            x = torch.tanh(layer(x))
+            if self.how == "skip" and i == 2:
+                x = x + first
+        if self.how == "loose":
+            x = nn.functional.linear(x, self.layers[0].weight)
+        return self.head(x)
+
+
+def square(model, x):
+    """A mean over rows."""
+    return model(x).square().mean()
+
+
+def twice(model, x):
+    """A loss that calls the model twice."""
+    return square(model, x) + square(model, x)
+
+
+def never(model, x):
+    """A loss that does not call the model."""
+    return x.mean()
+
+
+def fails_last(model, x):
+    """A loss that fails on what the model returns."""
+    return model(x)[..., 7].mean()
+
+
+def rows_apart(env):
+    """Other rows on each stage."""
+    return torch.randn(4, 3, generator=torch.Generator().manual_seed(env.rank))
+
+
+LATE = ["late", "late registered again"]
+REFUSED = {  # model, loss, arguments, words of the error
+    "late": ("late", square, {}, "late belongs to stage 1, .* in stage 0.*sample"),
+    "branch": ("branch", square, {}, "a branch of it asks for a number"),
+    "noise": ("noise", square, {}, "random numbers were drawn outside"),
+    "into": ("into", square, {}, "writes by .*torch.cat"),
+    "skip": ("skip", square, {}, "uses a tensor of shape .*split elsewhere|failed"),
+    "loose": ("loose", square, {}, "layers.0.weight is a weight of another stage|fail"),
+    "twice": ("", twice, {}, "calls it again; join both inputs"),
+    "never": ("", never, {}, "returned without; write model"),
+    "few": ("", square, {"split": []}, "names of modules, got"),
+    "none": ("", square, {"split": "layer.2"}, "takes no module of Tiny"),
+    "several": ("", square, {"split": "layers.*"}, "takes 4 modules"),
+    "inside": (
+        "",
+        square,
+        {"split": ["layers", "layers.2"], "schedule": "zbv"},
+        "lies",
+    ),
+    "order": (
+        *("", square, {"split": ["layers.2", "layers.1"], "schedule": "zbv"}),
+        "in their order",
+    ),
+    "count": (
+        "",
+        square,
+        {"split": ["layers.1", "layers.2"]},
+        "wants 2 stages.*makes 3",
+    ),
+    "rows": ("", square, {}, "have other rows"),
+    "last": ("", fails_last, {}, "IndexError|index 7"),
+}
+
+
+def refused(env):
+    """What each of the above raises on this rank."""
+    found = {}
+    for name, (how, loss, given, _) in REFUSED.items():
+        x = rows_apart(env) if name == "rows" else torch.ones(4, 3)
+        try:
+            options = {"split": "layers.2", "n": 2, **given}
+            tx = ax.chain(ax.shard_stages(env, **options), ax.shard_model(env))
+            model = Tiny(how)
+            if how != "late":
+                del model.late
+            state = ax.init(tx, model, lambda m: torch.optim.SGD(m.parameters(), 0.1))
+            ax.step(tx, loss)(state, x)
+            found[name] = "nothing was raised"
+        except (ax.AccelxError, ValueError, IndexError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found | {"misuse": misuse(env), "sampled": sampled(env)}
+
+
+def misuse(env):
+    """Calls of a model in stages that are no step."""
+    tx = ax.chain(ax.shard_stages(env, "layers.2", 2), ax.shard_model(env))
+    model = Tiny()
+    del model.late
+    state = ax.init(tx, model, lambda m: torch.optim.SGD(m.parameters(), 0.1))
+    found = []
+    for wrong in (
+        lambda: state.model(torch.ones(2, 3)),
+        lambda: state.model.embed(torch.ones(2, 3)),
+        lambda: state.model(torch.ones(2, 3), past_key_values=1),
+        lambda: ax.fork(state),
+        lambda: ax.save_state(env, "memory://x", select="trainable")(state),
+        lambda: next(iter(ax.stream_weights(env, state))),
+    ):
+        try:
+            with torch.set_grad_enabled(len(found) != 2):
+                wrong()
+            found.append("nothing was raised")
+        except ax.AccelxError as error:
+            found.append(str(error))
+    return found
+
+
+def sampled(env):
+    """What runs late and is registered late finds its stage with a sample."""
+    x, found = torch.randn(4, 3, generator=torch.Generator().manual_seed(1)), []
+    torch.manual_seed(3)
+    cut = ax.shard_stages(env, "balanced", 2, sample=(x,))
+    tx = ax.chain(cut, ax.shard_model(env))
+    state = ax.init(tx, Tiny("late"), lambda m: torch.optim.SGD(m.parameters(), 0.1))
+    names = {n.partition(".")[0] for n, _ in state.model.named_parameters()}
+    step = ax.step(tx, square)
+    for _ in range(2):
+        state, out = step(state, x)
+        found.append(float(out.loss))
+    return names, found
+
+
+@cache
+def refusals():
+    """Of each of two ranks what it was told."""
+    return testing.run(2, axes="stage=2")(refused)()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_cut_is_refused_on_every_rank(name):
+    """With names, and with what to write instead; no rank waits for another."""
+    for rank in refusals():
+        text = rank[name].replace("\n", " ")
+        assert re.search(REFUSED[name][3], text), text
+
+
+def test_calls_that_are_no_step_are_refused():
+    """Gradients outside a step, a part by itself, a cache, copies, parts of saves."""
+    words = (
+        "called with gradients outside",
+        "embed was called by itself",
+        "use_cache=False",
+        "save_state it",
+        "leave select out",
+        "take it from there",
+    )
+    for rank in refusals():
+        for text, word in zip(rank["misuse"], words, strict=True):
+            assert word in text, text
+
+
+def test_a_sample_gives_modules_the_stage_in_which_they_run():
+    """And the run is that of one process."""
+    (first, losses), (second, others) = (rank["sampled"] for rank in refusals())
+    assert "late" in first
+    assert "head" in second - first
+    torch.manual_seed(3)
+    model = Tiny("late")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+    for got, other in zip(losses, others, strict=True):
+        loss = square(model, x)
+        assert got == other == pytest.approx(loss.item(), abs=1e-6)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
