@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from .passes.load_state import load_state as load_state
     from .passes.load_weights import load_weights as load_weights
     from .passes.on_preempt import on_preempt as on_preempt
+    from .passes.quantize import quantize as quantize
     from .passes.remat import remat as remat
     from .passes.save_state import save_state as save_state
     from .passes.shard_experts import shard_experts as shard_experts
@@ -165,6 +166,7 @@ _NAMES = {
     "passes.load_state": ("load_state",),
     "passes.load_weights": ("load_weights",),
     "passes.on_preempt": ("on_preempt",),
+    "passes.quantize": ("quantize",),
     "passes.remat": ("remat",),
     "passes.save_state": ("save_state",),
     "passes.shard_experts": ("shard_experts",),

@@ -8,9 +8,6 @@ from __future__ import annotations
 import inspect
 import socket
 import sys
-import time
-from collections.abc import Callable
-from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -182,9 +179,11 @@ def loopback_store(port: int, world: int, timeout: timedelta | None) -> Any:
 
 def group_timeout(group: Any) -> float:
     """Seconds that a collective of `group` may take."""
-    device = torch.device("cpu" if "gloo" in str(group.name()) else "cuda")
-    limit = group._get_backend(device).options._timeout
-    return float(limit.total_seconds())
+    from torch.distributed.distributed_c10d import default_pg_timeout
+
+    options = getattr(group._get_backend(group._device_types[0]), "options", None)
+    limit: timedelta = getattr(options, "_timeout", default_pg_timeout)
+    return limit.total_seconds()
 
 
 def flight_recorder() -> bytes:
@@ -260,135 +259,6 @@ def local_box(
     return tuple(size), tuple(offset)
 
 
-def rendezvous_size(handler: Any) -> int:
-    """How many nodes torch's rendezvous counts in this attempt, as last read.
-
-    0 where this node is not one of them: it was taken for dead, or left.
-    """
-    with handler._heartbeat_lock:
-        nodes = handler._state_holder.state.participants
-        return len(nodes) if handler._this_node in nodes else 0
-
-
-def leave_rendezvous(handler: Any) -> None:
-    """Take this node off torch's rendezvous at once.
-
-    By itself it only stops its heartbeats, and the others wait until they miss them.
-    """
-    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
-        _RendezvousExitOp,
-    )
-
-    handler._stop_heartbeats()
-    handler._op_executor.run(_RendezvousExitOp(), time.monotonic() + 5)
-
-
-def function_modes(kind: type) -> list[Any]:
-    """The modes of a kind that see torch's functions on this thread: 0.3 us if none."""
-    from torch.overrides import _get_current_function_mode_stack
-
-    if not torch._C._len_torch_function_stack():
-        return []
-    return [m for m in _get_current_function_mode_stack() if isinstance(m, kind)]
-
-
 def flat_mesh(mesh: Any, name: str) -> Any:
     """The ranks of a mesh of several dims as one dim of that name."""
     return mesh._flatten(name)
-
-
-def fake_mode() -> Any:
-    """A mode that makes tensors of a shape and no numbers; real ones mix with them."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    return FakeTensorMode(allow_non_fake_inputs=True)
-
-
-def is_fake(tensor: object) -> bool:
-    """Whether a tensor has a shape and no numbers, as `fake_mode` makes them."""
-    module = sys.modules.get("torch._subclasses.fake_tensor")
-    return module is not None and isinstance(tensor, module.FakeTensor)
-
-
-def fake_errors() -> tuple[type[Exception], ...]:
-    """What torch raises where numbers are wanted of a tensor that has none."""
-    from torch._subclasses import fake_tensor
-
-    return (
-        fake_tensor.DataDependentOutputException,
-        fake_tensor.DynamicOutputShapeException,
-    )
-
-
-def around_call(module: nn.Module, around: Callable[..., Any]) -> None:
-    """Have calls of this one module, hooks included, go by `around(call, *args)`.
-
-    Copies of the module are not affected.
-    """
-    inner = module._compiled_call_impl or module._call_impl
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return around(inner, *args, **kwargs)
-
-    module._compiled_call_impl = call
-
-
-def mode_aside(kind: type) -> Any:
-    """A context without the innermost mode that sees torch's functions, if of a kind."""
-    from torch.overrides import _get_current_function_mode, _pop_mode_temporarily
-
-    ours = isinstance(_get_current_function_mode(), kind)
-    return _pop_mode_temporarily() if ours else nullcontext()
-
-
-def fsdp_quiet(model: nn.Module) -> None:
-    """Have FSDP modules keep gradients to themselves until `fsdp_reduce`."""
-    root: Any = model
-    root.set_is_last_backward(False)
-    root.set_reshard_after_backward(False)
-    root.set_requires_gradient_sync(False)
-
-
-def fsdp_reduce(model: nn.Module) -> None:
-    """Reduce what backward passes have left in FSDP modules since `fsdp_quiet`."""
-    root: Any = model
-    root.set_is_last_backward(True)
-    root.set_reshard_after_backward(True)
-    root.set_requires_gradient_sync(True)
-    state = root._get_fsdp_state()
-    for one in state._state_ctx.all_states:
-        groups = getattr(one, "_fsdp_param_groups", None)  # torch 2.13
-        for group in [one._fsdp_param_group] if groups is None else groups:
-            if group is not None:
-                group.post_backward()
-    state._root_post_backward_final_callback()
-
-
-def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: Any) -> Any:
-    """Attention (B, heads, L, size) and the log of its normaliser (B, heads, L)."""
-    if q.device.type == "cpu":
-        of_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return of_cpu(q, k, v, 0.0, causal, scale=scale)
-    of_gpu = torch.ops.aten._scaled_dot_product_flash_attention
-    return of_gpu(q, k, v, 0.0, causal, return_debug_mask=False, scale=scale)[:2]
-
-
-def flash_backward(
-    up: Tensor,
-    q: Tensor,
-    out: Tensor,
-    norm: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    scale: Any,
-) -> Any:
-    """Gradients of q, k and v, where `out` and `norm` may be of more keys than k."""
-    if q.device.type == "cpu":
-        of_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return of_cpu(up, q, k, v, out, norm, 0.0, causal, scale=scale)
-    of_gpu = torch.ops.aten._scaled_dot_product_flash_attention_backward
-    sizes = (None, None, q.size(2), k.size(2))
-    unused = torch.zeros((2,), dtype=torch.int64, device=q.device).view(torch.uint64)
-    rest = (*sizes, 0.0, causal, unused, unused[:1])  # no dropout: nothing is drawn
-    return of_gpu(up, q, k, v, out, norm.contiguous(), *rest, scale=scale)

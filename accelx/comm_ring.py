@@ -30,10 +30,11 @@ if TYPE_CHECKING:
 
 SLOTS = 64  # operations that are kept
 HEAD = 256  # bytes before them, for who this is
-# number, begun, ended (monotonic), line, state, name, file, what it brings
-SLOT = struct.Struct(f"<QddII40s{FILE}s48s")
-END = struct.Struct("<dII")  # the same bytes, from `ended` on, which are at:
-AT = 16
+# number, begun (monotonic), line, ended, state, update, name, file, what it brings
+SLOT = struct.Struct(f"<QdIdIq40s{FILE}s48s")
+NONE = -1  # in place of the number of an update
+END = struct.Struct("<dI")  # the same bytes, from `ended` on, which are at:
+AT = 20
 OPEN, ENDED, FAILED = 0, 1, 2
 LENGTH = HEAD + SLOTS * SLOT.size
 # What torch's errors say where ranks did not meet; read from torch 2.13.
@@ -45,10 +46,10 @@ _pack, _pack_end, _now = SLOT.pack_into, END.pack_into, time.monotonic
 class Entry:
     """An operation under way: `with ring.begin(...):` ends it."""
 
-    __slots__ = ("at", "line", "memory")
+    __slots__ = ("at", "memory")
 
     def __init__(self, memory: Any, at: int) -> None:
-        self.memory, self.at, self.line = memory, at, 0
+        self.memory, self.at = memory, at
 
     def __enter__(self) -> None:
         return None
@@ -60,11 +61,18 @@ class Entry:
         trace: TracebackType | None,
     ) -> None:
         if error is None:
-            _pack_end(self.memory, self.at, _now(), self.line, ENDED)
+            _pack_end(self.memory, self.at, _now(), ENDED)
             return
-        _pack_end(self.memory, self.at, _now(), self.line, FAILED)
+        _pack_end(self.memory, self.at, _now(), FAILED)
         if isinstance(error, RuntimeError) and LOST.search(str(error)):
             error.add_note(f"this rank was in {_said(self.memory, self.at - AT)}")
+
+
+class _Names(dict[str, bytes]):
+    """Names of operations, each encoded once."""
+
+    def __missing__(self, name: str) -> bytes:
+        return self.setdefault(name, name.encode())
 
 
 def _entries(ring: Ring) -> list[Entry]:
@@ -80,7 +88,7 @@ class Ring:
     check: Check | None = None  # what `with_lockstep` does before each
     leave: Callable[[], None] | None = None  # what is to be done at the end
     known: Known = attrs.field(factory=dict)
-    names: dict[str, bytes] = attrs.field(factory=dict[str, bytes])
+    names: _Names = attrs.field(factory=lambda: _Names())
     entries: list[Entry] = attrs.Factory(_entries, takes_self=True)  # made once: 0.2 us
 
     def begin(
@@ -93,16 +101,18 @@ class Ring:
         """
         file, line = site(self.known)
         self.number = number = self.number + 1
-        entry = self.entries[number % SLOTS]
-        entry.line = line
-        told = self.names.get(name) or self.names.setdefault(name, name.encode())
-        brings = b"" if what is None else _brings(what)
-        at = entry.at - AT
-        _pack(self.memory, at, number, _now(), 0.0, line, OPEN, told, file, brings)
+        entry, told = self.entries[number % SLOTS], self.names[name]
+        update, brings = NONE, b""
+        if type(what) is int:
+            update = what
+        elif what:
+            brings = _brings(what)
+        at, now = entry.at - AT, _now()
+        _pack(self.memory, at, number, now, line, 0.0, OPEN, update, told, file, brings)
         if self.check is not None and tell is not None:
             with entry:
                 self.check(env, name, f"{file.decode()}:{line}", tell)
-            _pack_end(self.memory, entry.at, 0.0, line, OPEN)
+            _pack_end(self.memory, entry.at, 0.0, OPEN)
         return entry
 
     def move(self, memory: Any) -> None:
@@ -152,8 +162,9 @@ def operations(memory: Any) -> list[Operation]:
 
 
 def _operation(memory: Any, at: int) -> Operation:
-    number, begun, ended, line, state, *texts = SLOT.unpack_from(memory, at)
+    number, begun, line, ended, state, update, *texts = SLOT.unpack_from(memory, at)
     name, file, brings = (t.rstrip(b"\0").decode(errors="replace") for t in texts)
+    brings = brings if update == NONE else f"update {update}"
     return Operation(number, name, file, line, brings, state, begun, ended)
 
 
@@ -163,12 +174,8 @@ def _said(memory: Any, at: int) -> str:
     return f"{one.name}{brings} at {one.file}:{one.line} (#{one.number})"
 
 
-def _brings(what: Any) -> bytes:
-    """`3 leaves, float32 (4, 8)` of a tree as told, `update 12` of a number."""
-    if type(what) is int:
-        return b"update %d" % what
-    if not what:
-        return b""
+def _brings(what: dict[str, Any]) -> bytes:
+    """`3 leaves, float32 (4, 8)` of a tree as told."""
     first = next(iter(what.values()))
     dtype = getattr(first, "dtype", None)
     return b"" if dtype is None else _shown(len(what), dtype, first.shape)

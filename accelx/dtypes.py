@@ -21,7 +21,9 @@ PRESETS = {
     "fp32": Precision(param="fp32", compute="fp32"),
     "bf16": Precision(param="fp32", compute="bf16", reduce="fp32"),
     "fp16": Precision(param="fp32", compute="fp16", reduce="fp32"),
+    "fp8": Precision(param="fp32", compute="fp8", reduce="fp32"),
 }
+AROUND = {"fp8": torch.bfloat16}  # of all but the products that are made in it
 
 
 def precision(wanted: object) -> Precision:
@@ -40,7 +42,7 @@ def precision(wanted: object) -> Precision:
 
 def _means(wanted: object, preset: str) -> bool:
     """Whether `wanted` is another word for `preset`: "float16", "16-mixed"."""
-    text, bits = str(wanted).lower(), preset[-2:]
+    text, bits = str(wanted).lower(), preset[2:]
     return bits in text and ("b" in text.removeprefix("torch.")) == (preset == "bf16")
 
 
@@ -49,7 +51,7 @@ def _fields() -> Any:
 
 
 def _name(field: str, value: object) -> str | None:
-    if value is None or value in NAMES:
+    if value is None or value in NAMES or (field == "compute" and value in AROUND):
         return value  # type: ignore[return-value]
     for name, dtype in NAMES.items():
         if value in (dtype, str(dtype).removeprefix("torch.")):
@@ -62,7 +64,7 @@ def _name(field: str, value: object) -> str | None:
 
 def dtype(name: str | None) -> torch.dtype | None:
     """The torch dtype of a name of ours; None stays None."""
-    return None if name is None else NAMES[name]
+    return None if name is None else AROUND.get(name) or NAMES[name]
 
 
 def cast(model: nn.Module, wanted: Precision | None) -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from accelx.state import State
 
 _ROWS = (
-    "for activations write accumulate(n), whose n ax.fit_batch finds, or "
+    "activations write accumulate(n), whose n ax.fit_batch finds, or "
     'remat(blocks), or with_precision("bf16")'
 )
 
@@ -57,13 +57,13 @@ def full(
         remedies.reverse()
     return (
         f"rank {env.rank} on {env.device} wanted more memory than there is; in use "
-        f"were {', '.join(texts)}{whole}{most}. {'; '.join(remedies)}"
+        f"were {', '.join(texts)}{whole}{most}. For {'; for '.join(remedies)}"
     )
 
 
 def _for_state(env: Env, kind: str | None) -> str:
     if env.world == 1:
-        return 'for the state more ranks, with shard_model(env, "fsdp2")'
+        return 'the state more ranks, with shard_model(env, "fsdp2")'
     if kind in ("fsdp2", "hsdp"):
-        return f'for the state more ranks, or shard_model(env, "{kind}", offload=True)'
-    return 'for the state write shard_model(env, "fsdp2")'
+        return f'the state more ranks, or shard_model(env, "{kind}", offload=True)'
+    return 'the state write shard_model(env, "fsdp2")'

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from accelx.errors import PlacementError, UnusedParameterError
 from accelx.match import globs
+from accelx.saves.spread import elsewhere
 
 
 def make(optim: Callable[[Any], Any] | None, model: nn.Module) -> tuple[Any, ...]:
@@ -96,7 +97,9 @@ def param_groups(
                 'add a last group "**": {}'
             )
         groups[pattern].append((name, p))
-    unused = [g for g, taken in groups.items() if not taken]
+    others = elsewhere(model)  # on other stages of a pipeline
+    empty = [g for g, taken in groups.items() if not taken]
+    unused = [g for g in empty if not any(globs(g, name) for name in others)]
     if unused:
         raise ValueError(
             f"groups {unused} take no parameter; names are such as "

@@ -19,9 +19,10 @@ def seed(env: Env, n: int, per_rank: bool = False) -> None:
     """Start the global generators of Python, NumPy and torch from `n`.
 
     The same on all ranks, so that they make the same weights; with `per_rank` rank r
-    starts from `n + r`, for noise that differs; ranks that share rows draw alike. torch's covers the CPU and every
-    device; NumPy's is set (to `n` modulo 2**32) if NumPy is imported by now. These
-    generators are global: this is an effect on the whole process.
+    starts from `n + r`, for noise that differs; ranks that share rows draw alike.
+    torch's covers the CPU and every device; NumPy's is set (to `n` modulo 2**32) if
+    NumPy is imported by now. These generators are global: this is an effect on the
+    whole process.
     Raises ValueError unless the number is in 0 to 2**63 - 1 on every rank.
     """
     rows = rows_env(env)  # ranks that share rows must draw alike

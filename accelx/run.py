@@ -107,9 +107,9 @@ def feed(
     ranks = 1 if placed is None else rows_env(placed.env).world
     if placed is not None and made.world != ranks:
         raise DataError(
-            f"the model is on {ranks} ranks with rows of their own and the data cut for "
-            f"{made.world}, so rows would count more than once; put shard_loader(env) "
-            "and shard_model(env) of the same env into the chain"
+            f"the model is on {ranks} ranks with rows of their own and the data cut "
+            f"for {made.world}, so rows would count more than once; put "
+            "shard_loader(env) and shard_model(env) of the same env into the chain"
         )
     if not isinstance(start, State):
         return batches(made, start, stop)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ def interleaved(
     variants: dict[str, Callable[[], None]],
     rounds: int,
     meet: Callable[[], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each variant in each round; `meet` lines ranks up before each."""
     for run in variants.values():
@@ -35,10 +37,16 @@ def interleaved(
         for name in names if i % 2 == 0 else reversed(names):
             if meet:
                 meet()
-            start = time.perf_counter()
+            start = clock()
             variants[name]()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return times
+
+
+def cpu() -> float:
+    """CPU seconds of this process and of children that have ended, as workers do."""
+    each = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(one.ru_utime + one.ru_stime for one in each)
 
 
 def ratios(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:

@@ -121,7 +121,8 @@ def detected(environ: Mapping[str, str]) -> dict[str, Any]:
 
 def _cpu(machine: Machine) -> dict[str, Any]:
     return {
-        "usable": len(machine.cpus),  # logical CPUs that this process may use
+        "usable": len(machine.cpus),  # logical CPUs that this process is bound to
+        "present": os.cpu_count(),  # and that there are
         "cores": len(cores(machine.cpus)),
         "nodes": len({cpu.node for cpu in machine.cpus}),  # NUMA
         "quota": machine.quota,  # CPUs' worth of time of a container

@@ -39,7 +39,7 @@ def check(plan: Plan, tx: Transform) -> None:
             "deepspeed updates weights itself, so it wants the optimizer, too; write "
             'state = ax.init(ax.shard_model(env, "deepspeed"), model, optim)'
         )
-    if plan.everyone.world != plan.env.world:
+    if plan.everyone.world != plan.env.world or plan.tensors is not None:
         raise PlacementError(
             "deepspeed reduces over all ranks, but ranks along some axes of this Env "
             'share their rows; write shard_model(env, "fsdp2")'

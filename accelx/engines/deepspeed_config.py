@@ -46,6 +46,7 @@ _ZERO_NOT = {
     "zero_quantized_gradients": "it computes with other numbers",
     "zero_quantized_nontrainable_weights": "it computes with other numbers",
 }
+_OFFLOADS = ("offload_optimizer", "offload_param")
 _FIXED = {  # what every configuration has
     "train_micro_batch_size_per_gpu": 1,  # asked for, and counts nothing here
     "gradient_accumulation_steps": 1,
@@ -164,13 +165,19 @@ def _clash(key: str, said: Any, ours: str) -> PlacementError:
 
 def _offloaded(options: Options, stage: int, zero: dict[str, Any]) -> dict[str, Any]:
     """The settings of ZeRO with the optimizer where it is to be."""
+    for key in _OFFLOADS:
+        if not isinstance(zero.get(key) or {}, Mapping):
+            raise PlacementError(
+                f"zero_optimization.{key} wants to be a dict, got {zero[key]!r}; "
+                'write {"device": "cpu"}'
+            )
     if options.offload:
         said = zero.setdefault("offload_optimizer", {"device": "cpu"})
         if said.get("device") != "cpu":
             raise _clash(
                 "zero_optimization.offload_optimizer", said, "shard_model(offload=True)"
             )
-    for key in ("offload_optimizer", "offload_param"):
+    for key in _OFFLOADS:
         where = (zero.get(key) or {}).get("device", "none")
         if where not in ("none", "cpu") or (zero.get(key) or {}).get("super_offload"):
             raise PlacementError(

@@ -63,8 +63,8 @@ def _fits(name: str, module: nn.Module, ranks: int) -> None:
     if len(counts) != 1 or len(list(module.parameters())) != len(own):
         shapes = ", ".join(f"{n} {tuple(p.shape)}" for n, p in own.items()) or "none"
         raise PlacementError(
-            f"shard_experts wants weights of {name} with one expert a row and no module "
-            f"in it with weights, got {shapes}; stack the experts' weights along dim 0"
+            f"shard_experts wants weights of {name} with one expert a row and no "
+            f"module in it with weights, got {shapes}; stack the experts' weights along dim 0"
         )
     takes = [p for p in signature(module.forward).parameters.values() if _given(p)]
     if len(takes) < GIVEN:
@@ -121,8 +121,8 @@ def agrees(plan: Plan) -> None:
     """Refuse what is not done together with experts on ranks of their own."""
     if plan.tensors is not None:
         raise PlacementError(
-            "shard_experts is not done together with shard_tensors: the tokens of ranks "
-            "that share layers would be sent twice; leave one of them out"
+            "shard_experts is not done together with shard_tensors: the tokens of "
+            "ranks that share layers would be sent twice; leave one of them out"
         )
     if plan.kind not in ("ddp", "fsdp2"):
         raise PlacementError(

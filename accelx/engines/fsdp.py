@@ -141,8 +141,6 @@ def sharded(model: nn.Module, plan: Plan) -> Placed:
 
 
 def _sharded(model: nn.Module, plan: Plan, blank: Any) -> Placed:
-    from torch.distributed.fsdp import fully_shard
-
     def again(old: Placed, copy: nn.Module, source: nn.Module) -> Placed:
         fresh = _sharded(copy, plan, blank)
         copies.fill(copy, source)
@@ -155,24 +153,9 @@ def _sharded(model: nn.Module, plan: Plan, blank: Any) -> Placed:
             return tensors.alone(model, plan, fork)
     dealt = [] if plan.experts is None else experts.split(model, plan)
     kept = whole.ignored(model, plan.options.ignored)
-    common = {"mesh": _mesh(plan), "ignored_params": kept or None}
-    common |= _offloading(plan)
-    policy, reshard = _policy(plan.precision), plan.options.reshard_after_forward
-    if dealt and experts.others(plan.env).world == 1:
-        common["ignored_params"] = {p for m in dealt for p in m.parameters()}
-    elif dealt:
-        line = _mesh(attrs.evolve(plan, env=experts.others(plan.env)))
-        for module in dealt:
-            own = common | {"mesh": line}
-            fully_shard(module, reshard_after_forward=reshard, **own, **policy(False))
-    blocks: list[Any] = _blocks(model, plan, kept)
-    for block in reversed(blocks):  # innermost first
-        fully_shard(block, reshard_after_forward=reshard, **common, **policy(False))
-    # backward starts at the root: what it holds is wanted again at once
-    fully_shard(model, reshard_after_forward=False, **common, **policy(True))
+    blocks = _slice(model, plan, kept, dealt)
     _ahead([model, *blocks], plan.options.prefetch)
     methods.gathering(model, plan.options.methods)
-
     laid = fsdp_step.Laid(
         tuple(_torch.fsdp_modules(model)),
         options.copies(plan.env, plan.kind),
@@ -192,6 +175,34 @@ def _sharded(model: nn.Module, plan: Plan, blank: Any) -> Placed:
         rest=laid.rest,
         forget=lambda: _torch.fsdp_forget(model),
     )
+
+
+def _slice(
+    model: nn.Module, plan: Plan, kept: set[nn.Parameter], dealt: list[nn.Module]
+) -> list[nn.Module]:
+    """Have fully_shard cut what each block holds, and the root the rest; the blocks."""
+    from torch.distributed.fsdp import fully_shard
+
+    common: dict[str, Any] = {"mesh": _mesh(plan), "ignored_params": kept or None}
+    common |= _offloading(plan)
+    policy, reshard = _policy(plan.precision), plan.options.reshard_after_forward
+
+    def cut(module: Any, **own: Any) -> None:
+        options = common | policy(False) | own
+        fully_shard(module, reshard_after_forward=reshard, **options)
+
+    if dealt and experts.others(plan.env).world == 1:
+        common["ignored_params"] = {p for m in dealt for p in m.parameters()}
+    elif dealt:
+        line = _mesh(attrs.evolve(plan, env=experts.others(plan.env)))
+        for module in dealt:
+            cut(module, mesh=line)
+    blocks = _blocks(model, plan, kept)
+    for block in reversed(blocks):  # innermost first
+        cut(block)
+    # backward starts at the root: what it holds is wanted again at once
+    fully_shard(model, reshard_after_forward=False, **common | policy(True))
+    return blocks
 
 
 def _counted(model: nn.Module, plan: Plan) -> tensors.Counted | None:
@@ -237,19 +248,24 @@ def _offloading(plan: Plan) -> dict[str, Any]:
 
 def _blocks(model: nn.Module, plan: Plan, kept: set[nn.Parameter]) -> list[nn.Module]:
     """The modules that are gathered one at a time, outermost first."""
-    return [m for _, m in select(model, plan.blocks) if not _tied(m, model, kept)]
+    return [m for _, m in _untied(model, plan, kept)]
 
 
-def _tied(block: nn.Module, model: nn.Module, kept: set[nn.Parameter]) -> bool:
-    """Whether `block` shares a weight with the outside: then the root gathers it."""
-    inside = {id(m) for m in block.modules()}
-    ours = {id(p) for p in block.parameters() if p not in kept}
-    return any(
-        id(p) in ours
-        for m in model.modules()
-        if id(m) not in inside
-        for p in m.parameters(recurse=False)
-    )
+def _untied(
+    model: nn.Module, plan: Plan, kept: set[nn.Parameter]
+) -> list[tuple[str, nn.Module]]:
+    """Blocks that share no weight with the outside: else the root gathers it."""
+    holders: dict[int, set[int]] = {}
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            holders.setdefault(id(p), set()).add(id(module))
+
+    def apart(block: nn.Module) -> bool:
+        inside = {id(m) for m in block.modules()}
+        ours = [holders[id(p)] for p in block.parameters() if p not in kept]
+        return all(held <= inside for held in ours)
+
+    return [(n, m) for n, m in select(model, plan.blocks) if apart(m)]
 
 
 def _shardable(model: nn.Module, plan: Plan) -> None:
@@ -283,9 +299,8 @@ def _one_dtype(
 ) -> None:
     """Weights that are gathered together are trained in one dtype."""
     of: dict[int, str] = {}
-    for name, block in select(model, plan.blocks):  # the innermost comes last
-        if not _tied(block, model, kept):
-            of |= {id(p): name for p in block.parameters()}
+    for name, block in _untied(model, plan, kept):  # the innermost comes last
+        of |= {id(p): name for p in block.parameters()}
     first: dict[str, tuple[str, torch.dtype]] = {}
     for name, p in named:
         if p.requires_grad:

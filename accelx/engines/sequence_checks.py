@@ -18,7 +18,7 @@ MIXERS = (
     *(nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d),
     *(nn.GroupNorm, nn.InstanceNorm1d),
 )
-Check = Callable[[Site, Any, Any], str | None]
+Check = Callable[[Site, Any, Any, Any], str | None]  # site, first, args, kwargs
 
 
 def vouched(model: nn.Module, allow: Iterable[Selector]) -> set[nn.Module]:
@@ -73,14 +73,13 @@ def _by_dim(index: Any, ndim: int) -> list[Any]:
     return spread
 
 
-def _index(site: Site, args: Any, kwargs: Any) -> str | None:
-    tensor, wanted = args[0], _by_dim(args[1], args[0].dim())
+def _index(site: Site, tensor: Tensor, args: Any, kwargs: Any) -> str | None:
+    wanted = _by_dim(args[0], tensor.dim())
     if tensor.grad_fn is None and any(
         _first(site, part, tensor, dim) for dim, part in enumerate(wanted)
     ):
         return _POSITIONS.format("cuts a table to", site.here)
-    held = tensor.dim() in (2, 3) and tensor.size(site.dim) == site.here
-    if not held or len(wanted) <= site.dim:
+    if not _of_tokens(site, tensor) or len(wanted) <= site.dim:
         return None
     part = wanted[site.dim]
     return None if part in (slice(None), slice(0, None)) else _CUT
@@ -94,36 +93,60 @@ def _first(site: Site, part: Any, tensor: Tensor, dim: int) -> bool:
     return tensor.size(dim) > (site.here or 0) and not features
 
 
-def _arange(site: Site, args: Any, kwargs: Any) -> str | None:
-    if "start" in kwargs or "end" in kwargs or len(args) > 2:
-        args = (*args, *(kwargs[k] for k in ("start", "end", "step") if k in kwargs))
-    counts = tuple(args) in ((site.here,), (0, site.here), (0, site.here, 1))
+def _of_tokens(site: Site, tensor: Tensor, features: bool = False) -> bool:
+    """Whether a tensor looks like (rows, tokens) or, with `features`, more, alone."""
+    dims = (site.dim + 2,) if features else (site.dim + 1, site.dim + 2)
+    return tensor.dim() in dims and tensor.size(site.dim) == site.here
+
+
+def _along(site: Site, tensor: Tensor, args: Any, kwargs: Any) -> str | None:
+    """Whether rows of features are worked on along their tokens."""
+    mixed = _of_tokens(site, tensor, features=True)
+    return _CUT if mixed and site.dim in _dims(tensor, args, kwargs) else None
+
+
+def _running(site: Site, tensor: Tensor, args: Any, kwargs: Any) -> str | None:
+    """The same of tokens without features: positions are counted so."""
+    mixed = _of_tokens(site, tensor) and site.dim in _dims(tensor, args, kwargs)
+    return _POSITIONS.format("counts along", site.here) if mixed else None
+
+
+def _dims(tensor: Tensor, args: Any, kwargs: Any) -> list[int]:
+    """The dimensions that a call names, first of its arguments behind the tensor."""
+    named = [kwargs[k] for k in ("dim", "dims", "axis") if k in kwargs]
+    each: list[Any] = []
+    for one in (*named, *args[:1]):
+        each += list(one) if isinstance(one, tuple | list) else [one]  # type: ignore[reportUnknownArgumentType]
+    return [d % tensor.dim() for d in each if type(d) is int]
+
+
+def _shifted(site: Site, tensor: Tensor, args: Any, kwargs: Any) -> str | None:
+    """Whether tokens are rolled: `roll(tensor, shifts, dims)`."""
+    mixed = _of_tokens(site, tensor) and site.dim in _dims(tensor, args[1:], kwargs)
+    return _CUT if mixed else None
+
+
+def _arange(site: Site, tensor: Any, args: Any, kwargs: Any) -> str | None:
+    every = (tensor, *args, *(kwargs[k] for k in ("start", "end") if k in kwargs))
+    given = tuple(x for x in every if x is not None)
+    counts = given in ((site.here,), (0, site.here), (0, site.here, 1))
     return _POSITIONS.format("counts positions up to", site.here) if counts else None
 
 
-def _softmax(site: Site, args: Any, kwargs: Any) -> str | None:
-    if args[0].dim() > 2 and tuple(args[0].shape[-2:]) == (site.here, site.here):
-        return (
-            f"takes a softmax over {site.here} x {site.here} tokens, which is "
-            "attention by hand among one rank's; write "
-            "torch.nn.functional.scaled_dot_product_attention"
-        )
-    return None
+def _softmax(site: Site, tensor: Tensor, args: Any, kwargs: Any) -> str | None:
+    square = tuple(tensor.shape[-2:]) == (site.here, site.here)
+    return _by_hand(site) if tensor.dim() > 2 and square else None
 
 
-def _along(site: Site, args: Any, kwargs: Any) -> str | None:
-    """Whether one of the dimensions that are worked along is that of tokens."""
-    tensor = args[0]
-    if not isinstance(tensor, Tensor) or tensor.dim() != 3:
-        return None
-    dims = kwargs.get("dim", kwargs.get("dims", args[-1] if len(args) > 1 else ()))
-    each = dims if isinstance(dims, tuple | list) else (dims,)
-    here = [d % 3 for d in each if isinstance(d, int) and not isinstance(d, bool)]  # type: ignore[reportUnknownVariableType]
-    return _CUT if site.dim in here and tensor.size(site.dim) == site.here else None
+def _by_hand(site: Site, *_: Any) -> str:
+    return (
+        f"is attention among the {site.here} tokens of one rank; write "
+        "torch.nn.functional.scaled_dot_product_attention"
+    )
 
 
-def _convolved(site: Site, args: Any, kwargs: Any) -> str | None:
-    return _CUT if args[0].size(-1) == site.here else None
+def _convolved(site: Site, tensor: Tensor, args: Any, kwargs: Any) -> str | None:
+    return _CUT if tensor.size(-1) == site.here else None
 
 
 _POSITIONS = (
@@ -139,10 +162,11 @@ CHECKS: dict[Any, Check] = {
     Tensor.__getitem__: _index,
     torch.arange: _arange,
     F.conv1d: _convolved,
+    F.multi_head_attention_forward: _by_hand,
     **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), _softmax),
-    **dict.fromkeys((torch.roll, Tensor.roll, torch.flip, Tensor.flip), _along),
-    **dict.fromkeys((torch.cumsum, Tensor.cumsum, torch.mean, Tensor.mean), _along),
-    **dict.fromkeys((torch.sum, Tensor.sum), _along),
+    **dict.fromkeys((torch.cumsum, Tensor.cumsum), _running),
+    **dict.fromkeys((torch.roll, Tensor.roll), _shifted),
+    **dict.fromkeys((torch.mean, Tensor.mean, torch.sum, Tensor.sum), _along),
     **dict.fromkeys((torch.amax, Tensor.amax, torch.max, Tensor.max), _along),
     **dict.fromkeys((torch.select, Tensor.select), _along),
 }
@@ -153,12 +177,13 @@ def check_call(site: Site, func: Any, args: Any, kwargs: Any) -> None:
     check = CHECKS.get(func)
     if check is None or site.here is None:
         return
-    said = check(site, args, kwargs)
+    first, rest = (args[0], args[1:]) if args else (kwargs.get("input"), ())
+    said = check(site, first, rest, kwargs)
     if said is not None:
         name = getattr(func, "__name__", str(func))
         raise LossError(
             f"shard_sequence: each rank has {site.here} of "
             f"{site.here * site.layout.world} tokens, but {name} in the loss or the "
-            f"model {said}; if it is right on one rank's tokens, vouch for its module: "
-            "allow="
+            f"model {said}. If no other rank's tokens are wanted there, vouch for the "
+            "module: shard_sequence(env, allow=...)"
         )

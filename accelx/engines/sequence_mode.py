@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from accelx import _torch, comm, tree
+from accelx import _torch_attention, comm, tree
+from accelx.comm_wire import group
 from accelx.engines import sequence_checks as checks
 from accelx.engines.forwards import wrap
 from accelx.engines.sequence import Site
@@ -55,6 +56,7 @@ def dress(model: nn.Module, site: Site, allow: Iterable[Selector]) -> None:
     module, later, and on a GPU by another thread. Modules that `allow` takes compute
     with their own rank's tokens. Raises PlacementError for modules that mix tokens.
     """
+    group(site.env, "shard_sequence")  # made by all ranks, before any is at work
     known = checks.vouched(model, allow)
     checks.check_modules(model, known)
     for around, inside in ((_exchanging(site), False), (_by_itself(site), True)):
@@ -74,7 +76,7 @@ def _wrap_those(model: nn.Module, around: Any, takes: Any) -> None:
 def _exchanging(site: Site) -> Callable[[Unbound], Unbound]:
     def around(inner: Unbound) -> Unbound:
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if site.here is None or _torch.function_modes(Exchanged):
+            if site.here is None or _torch_attention.function_modes(Exchanged):
                 return inner(self, *args, **kwargs)
             with Exchanged(site):
                 return inner(self, *args, **kwargs)
@@ -88,7 +90,7 @@ def _by_itself(site: Site) -> Callable[[Unbound], Unbound]:
     def around(inner: Unbound) -> Unbound:
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             site.attended = True
-            active: list[Exchanged] = _torch.function_modes(Exchanged)
+            active: list[Exchanged] = _torch_attention.function_modes(Exchanged)
             for mode in active:
                 mode.vouched += 1
             try:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from accelx import _torch
+from accelx import _torch_attention
 from accelx.comm_wire import dist, group
 from accelx.records import Env
 
@@ -46,7 +46,7 @@ class _Ring(torch.autograd.Function):
             rows, seen = _block(env, step, query.size(2) // 2, causal)
             k, v = (_per_query(x[:, :, seen], query) for x in (keys, values))
             mine = query[:, :, rows]
-            part, own = _torch.flash(mine, k, v, causal and not step, scale)
+            part, own = _torch_attention.flash(mine, k, v, causal and not step, scale)
             norm = torch.full_like(own, -torch.inf) if norm is None else norm
             _join(out[:, :, rows], norm[:, :, rows], part, own)
         out = out.to(query.dtype)
@@ -65,7 +65,7 @@ class _Ring(torch.autograd.Function):
             k, v = (_per_query(x[:, :, seen], query) for x in (keys, values))
             up, q, o, n = (x[:, :, rows] for x in (grads[0], query, out, norm))
             own = causal and not step
-            parts = _torch.flash_backward(up, q, o, n, k, v, own, ctx.scale)
+            parts = _torch_attention.flash_backward(up, q, o, n, k, v, own, ctx.scale)
             made[:, :, rows] += parts[0]
             for sums, part in zip(told, parts[1:], strict=True):
                 heads = (sums.size(1), -1)

@@ -35,7 +35,7 @@ def microbatches(
         for i, part in enumerate(pieces(args, "", [size] * groups))
     ]
     none = Rows(0, *_rest(rows))
-    while len(parts) < count(max(groups, n)):
+    for _ in range(count(max(groups, n)) - groups):
         parts.append(stamp(pieces(parts[0], "", [size])[0], none))
     return parts
 

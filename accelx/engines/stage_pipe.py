@@ -9,6 +9,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from accelx import _torch_stages
 from accelx.comm_wire import group
 from accelx.engines.stage_homes import owner
 from accelx.engines.stage_route import Route
@@ -60,8 +61,7 @@ class Pipe:
         for stage in self.stages:
             stage.work, stage.number = work, 0
         try:
-            # torch hands a target on with each microbatch; there is nothing in it
-            self.schedule.step(target=torch.zeros(self.n), return_outputs=False)
+            _torch_stages.pipe_step(self.schedule, self.n)
         finally:
             for stage in self.stages:
                 stage.work = None
@@ -95,7 +95,7 @@ def pipe(
     ]
     made: Any = get_schedule_class(SCHEDULES[schedule])
     of = stages[0] if schedule in SINGLE else stages
-    run = made(of, n, loss_fn=lambda output, _: output, scale_grads=False)
+    run = made(of, n, loss_fn=lambda output, _: output.sum(), scale_grads=False)
     return Pipe(run, modules, n)
 
 
@@ -104,7 +104,7 @@ def _likes(route: Route, stage: int, count: int) -> tuple[Tensor, ...]:
     if stage < 0:
         return ()
     if stage == count - 1:
-        return (torch.empty((), device="meta", requires_grad=True),)
+        return (torch.empty(1, device="meta", requires_grad=True),)
     return tuple(
         torch.empty(
             like.shape,

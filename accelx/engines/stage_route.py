@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from accelx import _torch, dtypes, tree
+from accelx import _torch, _torch_stages, dtypes, tree
 from accelx.engines.stage_homes import Homes
 from accelx.errors import LossError, PlacementError
 from accelx.records import Precision
@@ -70,9 +70,9 @@ def guide(model: nn.Module, homes: Homes, way: Way) -> None:
 
         return around
 
-    _torch.around_call(model, root)
+    _torch_stages.around_call(model, root)
     for name in homes.units:
-        _torch.around_call(model.get_submodule(name), part(name))
+        _torch_stages.around_call(model.get_submodule(name), part(name))
 
 
 def _astray(name: str) -> NoReturn:
@@ -109,7 +109,7 @@ def sketched(
     `computed`: the precision in which weights are gathered, where it is another one.
     """
     memo: dict[int, Any] = {}
-    mode = _torch.fake_mode()
+    mode = _torch_stages.fake_mode()
     wide = None if computed is None else dtypes.dtype(computed.compute)
 
     def shape(tensor: Tensor, cast: bool) -> Tensor:
@@ -141,7 +141,7 @@ def route(sketch: Sketch, call: Callable[[nn.Module], Any], device: str) -> Rout
             call(sketch.model)
     except Through:
         pass
-    except _torch.fake_errors() as error:
+    except _torch_stages.fake_errors() as error:
         raise PlacementError(
             "each stage runs the model's forward with numbers of its own part alone, "
             "but a branch of it asks for a number that another part computes "
@@ -204,8 +204,9 @@ class _Written(_torch.DispatchMode):
         kwargs = kwargs or {}
         if _torch.mutates(func):
             into = _torch.written(func, args, kwargs)
-            given = [*tree.leaves((args, kwargs))]
-            if any(map(_torch.is_fake, given)) and not all(map(_torch.is_fake, into)):
+            fake = _torch_stages.is_fake
+            given = tree.leaves((args, kwargs))
+            if any(map(fake, given)) and not all(map(fake, into)):
                 raise PlacementError(
                     f"forward writes by {_torch.name_of(func)} what a part computed "
                     "into a tensor that it made itself, which other stages would have "
@@ -263,7 +264,7 @@ class Trace:
                 "which they run"
             )
         given = tree.leaves((args, kwargs))
-        at = tuple(i for i, leaf in enumerate(given) if _torch.is_fake(leaf))
+        at = tuple(i for i, leaf in enumerate(given) if _torch_stages.is_fake(leaf))
         if not at:
             raise PlacementError(
                 f"{name} begins stage {stage}, but is given nothing that the stage "
@@ -308,7 +309,7 @@ def _noted(name: str, result: Any, given: list[Any]) -> Any:
     def one(leaf: Any) -> Any:
         if id(leaf) in places:
             return From(places[id(leaf)])
-        if isinstance(leaf, Tensor) and not _torch.is_fake(leaf):
+        if isinstance(leaf, Tensor) and not _torch_stages.is_fake(leaf):
             raise PlacementError(
                 f"{name} returns a tensor of shape {tuple(leaf.shape)} that no weight "
                 "made, which only its stage would have; make it in the forward of the "

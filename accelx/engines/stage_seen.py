@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from accelx import _torch, tree
+from accelx import _torch_stages, tree
 from accelx.comm_wire import dist, group
 from accelx.engines.stage_homes import owner
 from accelx.engines.stage_route import Route, Through, led
@@ -94,12 +94,12 @@ def _output(stages: Stages, route: Route, output: Any) -> Any:
     likes = tree.leaves(route.output)
     made: list[Any] = tree.leaves(output) if mine else [None] * len(likes)
     there = torch.tensor(
-        [float(not _torch.is_fake(leaf)) for leaf in made], device=env.device
+        [float(not _torch_stages.is_fake(leaf)) for leaf in made], device=env.device
     )
     dist().broadcast(there, group=ours, group_src=last)
     leaves: list[Any] = []
     for leaf, like, some in zip(made, likes, there.tolist(), strict=True):
-        if not _torch.is_fake(like):
+        if not _torch_stages.is_fake(like):
             leaves.append(leaf if mine else like)
         elif not some:  # of another stage: a shape, of which numbers cannot be had
             leaves.append(None)

@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from accelx import _torch, comm, tree
+from accelx import _torch, _torch_stages, comm, tree
 from accelx.comm_wire import dist, group
 from accelx.cut import Args, add, mean_of, rows_in
 from accelx.engines import placed, plain, whole
@@ -53,7 +53,7 @@ def through(loss: Loss, weigh: Weigh) -> Inner:
         parts = microbatches(args, stages.spec.n, rows, _alike(stages, here))
         ran = way(stages, loss, parts[0])
         if here.engine.name in ("fsdp2", "hsdp"):
-            _torch.fsdp_quiet(state.model)
+            _torch_stages.fsdp_quiet(state.model)
         job = _Job(state, stages, ran[0], loss, weigh, parts)
         _pipe(stages, ran, len(parts), state).run(job.work)
         return state, _told(stages, job)
@@ -71,16 +71,9 @@ def _alike(stages: Stages, here: Placed) -> Callable[[int], int]:
         mine = torch.tensor([count(least)], device=here.env.device)
         ours = group(here.env, "shard_stages")
         dist().all_reduce(mine, dist().ReduceOp.MAX, group=ours)
-        return count(int(mine))
+        return int(mine)
 
-    found: list[int] = []
-
-    def once(least: int) -> int:
-        if not found:
-            found.append(most(least))
-        return found[0]
-
-    return once
+    return most
 
 
 Ran = tuple[Route, dict[int, Pipe]]  # with the schedules that were made for it
@@ -159,7 +152,7 @@ class _Job:
             except Exception as error:  # told to all stages, which would wait for ever
                 self.failure = error
         if last:
-            return torch.zeros((), requires_grad=True, device=self.stages.env.device)
+            return torch.zeros(1, requires_grad=True, device=self.stages.env.device)
         return tuple(
             one.requires_grad_(one.is_floating_point())
             for one in stand_ins(self.route, stage, self.stages.env.device)
@@ -179,7 +172,7 @@ class _Job:
     def _loss(self, result: Any, part: Args) -> Tensor:
         here: Placed = self.state.slots["shard_model"]
         rows = rows_in(part, here.env.world)
-        if any(map(_torch.is_fake, tree.leaves(result))):
+        if any(map(_torch_stages.is_fake, tree.leaves(result))):
             raise LossError(
                 "the loss depends on something that another stage computed; compute it "
                 "from what model(...) returns, without hidden states or attentions"
@@ -187,7 +180,8 @@ class _Job:
         value, scale, out = self.weigh(self.state, result, part, rows)
         self.outs.append(out)
         half = value.dtype in (torch.float16, torch.bfloat16)
-        return (value.float() if half else value) * (scale * here.env.world)
+        wide = value.float() if half else value
+        return torch.stack([wide * (scale * here.env.world)])
 
     def _sent(self, walk: Walk) -> tuple[Tensor, ...]:
         apart = self.stages.spec.schedule in HALVES  # which detaches it in place
@@ -204,24 +198,15 @@ class _Job:
 
 def _told(stages: Stages, job: _Job) -> Out:
     """The last stage's report on all stages; raises on all where one has failed."""
-    env, spec = stages.env, stages.spec
-    last = owner(stages.homes.count - 1, env.world, spec.schedule)
-    out = add(job.outs) if env.rank == last and job.failure is None else None
-    numbers = torch.zeros(6, dtype=torch.float64)
-    numbers[0] = float(job.failure is not None)
-    if out is not None:
-        mean = mean_of(out)
-        total = torch.as_tensor(mean.total)
-        plain_mean = not isinstance(out.loss, Mean)
-        kind = DTYPES.index(total.dtype)
-        each = (float(total), float(mean.weight), plain_mean, out.aux is not None, kind)
-        numbers[1:] = torch.tensor([float(one) for one in each], dtype=torch.float64)
-    numbers = numbers.to(env.device)
+    env, last = stages.env, stages.homes.count - 1
+    src = owner(last, env.world, stages.spec.schedule)
+    out, numbers = _report(job, env.rank == src)
+    numbers = torch.tensor(numbers, dtype=torch.float64, device=env.device)
     comm.sum_scalars(env, numbers)
     failed, total, weight, bare, aux, kind = numbers.tolist()
     if failed:
         _raise(env, job.failure)
-    given = comm.broadcast(env, out and out.aux, last) if aux else None
+    given = comm.broadcast(env, out and out.aux, src) if aux else None
     if out is not None:
         return out
     loss = torch.tensor(total, dtype=DTYPES[int(kind)], device=env.device)
@@ -229,6 +214,22 @@ def _told(stages: Stages, job: _Job) -> Out:
         return Out(loss / max(1, weight), int(weight), aux=given)
     heavy = torch.tensor(weight, dtype=torch.float64, device=env.device)
     return Out(Mean(loss, heavy), heavy, aux=given)  # type: ignore[reportArgumentType]
+
+
+def _report(job: _Job, last: bool) -> tuple[Out | None, list[float]]:
+    """What the last stage tells: the report, and it in numbers, after a failure."""
+    if last and job.failure is None:
+        try:
+            out = add(job.outs)
+            mean = mean_of(out)
+            total = torch.as_tensor(mean.total)
+            bare, more = not isinstance(out.loss, Mean), out.aux is not None
+            kind = DTYPES.index(total.dtype)
+            each = (float(total), float(mean.weight), float(bare), float(more))
+            return out, [0.0, *each, float(kind)]
+        except Exception as error:  # told to all stages, which would wait for ever
+            job.failure = error
+    return None, [float(job.failure is not None), *[0.0] * 5]
 
 
 def _raise(env: Env, failure: Exception | None) -> None:
@@ -249,7 +250,7 @@ def settled(inner: Engine) -> Callable[[Any, Tensor | float], None]:
     def settle(state: State, scale: Tensor | float) -> None:
         here: Placed = state.slots["shard_model"]
         if inner.name in ("fsdp2", "hsdp"):
-            _torch.fsdp_reduce(state.model)
+            _torch_stages.fsdp_reduce(state.model)
         stages = stages_of(state)
         tie(stages, state)
         _all_used(stages, state, here)
@@ -262,8 +263,9 @@ def settled(inner: Engine) -> Callable[[Any, Tensor | float], None]:
 
 def tie(stages: Stages, state: State) -> None:
     """Add up the gradients of weights that several stages have."""
+    weights = dict(state.trained)
     for name, ranks in stages.ties.items():
-        p = stages.weights(state).get(name)
+        p = weights.get(name)
         if p is None:
             continue
         some = torch.tensor([float(p.grad is not None)], device=stages.env.device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from accelx import _torch, tree
+from accelx import _torch_stages, tree
 from accelx.engines.stage_homes import Homes
 from accelx.engines.stage_route import From, Route, Through, once
 from accelx.errors import PlacementError
@@ -40,7 +40,8 @@ class Walk:
         once(self.called, kwargs)
         self.called = True
         with _Between(self.known):
-            self.output = tree.map_leaves(self._now, call(*args, **kwargs))
+            output = call(*args, **kwargs)
+        self.output = self._filled(output, tree.leaves(output))
         if self.stage < self.homes.count - 1:
             if not self.sent:
                 self._lost(self.homes.starts[self.stage])
@@ -59,13 +60,18 @@ class Walk:
             self._send(name, now)
         if self.homes.units[name] != self.stage:
             return self._returned(name, number, now)
-        if any(new is not old for new, old in zip(now, given, strict=True)):
-            args, kwargs = tree.unflatten((args, kwargs), now)
+        args, kwargs = self._filled((args, kwargs), given)
         self._whole(name, now)
-        with _torch.mode_aside(_Between):
+        with _torch_stages.mode_aside(_Between):
             result = call(*args, **kwargs)
         self._whole(name, tree.leaves(result))
         return result
+
+    def _filled(self, whole: Any, leaves: list[Any]) -> Any:
+        """A tree with what was received in it; the same one where nothing was."""
+        if any(id(leaf) in self.known for leaf in leaves):
+            return tree.unflatten(whole, map(self._now, leaves))
+        return whole
 
     def _now(self, leaf: Any) -> Any:
         """A leaf, or the numbers that were received in its place."""
@@ -97,7 +103,7 @@ class Walk:
 
     def _whole(self, name: str, leaves: Any) -> None:
         """Refuse numbers of another stage that did not come along."""
-        odd = [leaf for leaf in leaves if _torch.is_fake(leaf)]
+        odd = [leaf for leaf in leaves if _torch_stages.is_fake(leaf)]
         if odd:
             raise PlacementError(
                 f"{name} uses a tensor of shape {tuple(odd[0].shape)} of another stage "
@@ -137,9 +143,9 @@ class _Between(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         given = tree.leaves((args, kwargs))
-        if any(map(_torch.is_fake, given)):
+        if any(map(_torch_stages.is_fake, given)):
             now = [self.known.get(id(leaf), leaf) for leaf in given]
-            if any(map(_torch.is_fake, now)):  # only a shape comes of it
+            if any(map(_torch_stages.is_fake, now)):  # only a shape comes of it
                 now = [_bare(leaf) for leaf in now]
             args, kwargs = tree.unflatten((args, kwargs), now)
         return func(*args, **kwargs)
@@ -147,7 +153,7 @@ class _Between(TorchFunctionMode):
 
 def _bare(leaf: Any) -> Any:
     tracked = isinstance(leaf, Tensor) and leaf.requires_grad
-    return leaf.detach() if tracked and not _torch.is_fake(leaf) else leaf
+    return leaf.detach() if tracked and not _torch_stages.is_fake(leaf) else leaf
 
 
 def stand_ins(route: Route, stage: int, device: str) -> tuple[Tensor, ...]:

@@ -52,10 +52,6 @@ class Stages:
     routes: dict[Any, Any] = attrs.field(factory=dict)
     seen: dict[Any, Any] = attrs.field(factory=dict)  # the same, of evaluation
 
-    def weights(self, state: State) -> dict[str, Any]:
-        """The trained weights that this rank has, by name."""
-        return dict(state.trained)
-
 
 def place(thing: nn.Module | Callable[[], nn.Module], spec: Any, plan: Plan) -> Placed:
     """Cut a model, or what a function makes, into stages, and place this rank's part.
@@ -135,8 +131,9 @@ def _is_words(sample: Any) -> bool:
 def _enough(spec: Any, starts: list[str], ranks: int, each: int) -> None:
     count = len(starts) + 1
     exact = spec.schedule in SINGLE or spec.schedule == "zbv"
-    if count % ranks or (exact and count != ranks * each):
-        wanted = f"{ranks * each}" if exact else f"a multiple of {ranks}"
+    if count % ranks or count < ranks * each or (exact and count > ranks * each):
+        wanted = f"{ranks * each}"
+        wanted = wanted if exact else f"{wanted} or another multiple of {ranks}"
         raise PlacementError(
             f"schedule={spec.schedule!r} on {ranks} ranks along the axis stage wants "
             f"{wanted} stages, but split names {len(starts)} modules, which makes "

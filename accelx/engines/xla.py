@@ -48,10 +48,9 @@ ENGINE = attrs.evolve(plain.ENGINE, name="xla", backward=backward, settle=settle
 
 
 def place(model: nn.Module, plan: Plan) -> Placed:
-    """Move a module to the devices, its weights in slices along one dimension each.
+    """Move a module to the devices, its weights in slices as `_xla.slice_dim` says.
 
-    The first that the devices divide; a weight without one is whole on each. Tied
-    weights stay one, which Module.to does not keep on XLA.
+    Tied weights stay one, which Module.to does not keep on XLA.
     """
     if _xla.devices() > 1 and not _xla.spread():
         raise PlacementError(

@@ -15,20 +15,9 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import attrs
-from torch.distributed.elastic.agent.server.api import (
-    RunResult,
-    SimpleElasticAgent,
-    WorkerGroup,
-    WorkerSpec,
-    WorkerState,
-)
-from torch.distributed.elastic.rendezvous import (
-    RendezvousClosedError,
-    RendezvousConnectionError,
-    RendezvousTimeoutError,
-)
 
 from accelx._torch import store_errors
+from accelx._torch_elastic import State, agent, errors
 from accelx.errors import SpawnError
 from accelx.launch import environ
 from accelx.launch.elastic import agent_variables
@@ -41,54 +30,39 @@ from accelx.launch.watch import let_signals
 from accelx.launch.wire import Wire, hear, say
 
 SAVED = 75  # exit code of ranks that were told to leave, and saved
-POLL = 0.1  # seconds
+ENDED = "another node has ended the job"
+UNUSED = {"code": 0, "words": "the job has ended without a use for this node"}
 
 
 class Leave(BaseException):
     """The launcher was told to end."""
 
 
-class Agent(SimpleElasticAgent):
-    """The four things that torch leaves to whoever has the processes."""
+class Hands:
+    """What torch leaves to whoever has the processes: here, to the launcher."""
 
-    def __init__(self, plan: Plan, wire: Wire, meeting: Meeting) -> None:
-        restarts = 0 if plan.elastic is None else plan.elastic.restarts
-        spec = WorkerSpec(
-            role="accelx",
-            local_world_size=plan.num_ranks,
-            rdzv_handler=meeting,
-            entrypoint=plan.asked.target,
-            max_restarts=restarts,
-            monitor_interval=POLL,
-        )
-        super().__init__(spec)
-        self._wire, self._meeting, self._runs = wire, meeting, False
-        self.failed = False
+    def __init__(self, wire: Wire, meeting: Meeting) -> None:
+        self._wire, self._meeting = wire, meeting
+        self._runs = self._done = self.failed = False
 
-    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+    def start(self, group: Any, left: int) -> None:
+        """Have the launcher fork the ranks of this node."""
         told, interface = self._meeting.told, self._meeting.interface
         places = [
             Place(
                 *(w.global_rank, w.world_size, w.local_rank, told.port, told.host),
-                node=worker_group.group_rank or 0,
-                nodes=worker_group.group_world_size or 1,
+                node=group.group_rank,
+                nodes=group.group_world_size,
                 attempt=told.attempt,
                 interface=interface,
             )
-            for w in worker_group.workers
+            for w in group.workers
         ]
-        self._runs, self.failed = True, False
-        left = self._remaining_restarts
+        self._runs, self._done, self.failed = True, False, False
         say(self._wire, do="start", places=list(map(attrs.asdict, places)), left=left)
-        return {place.local_rank: place.local_rank for place in places}
 
-    def _stop_workers(self, worker_group: WorkerGroup, *_: Any, **__: Any) -> None:
-        self._stop()
-
-    def _shutdown(self, *_: Any, **__: Any) -> None:
-        self._stop()
-
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Have the launcher end them, and wait until it has."""
         if self._runs:
             say(self._wire, do="stop")
             said = hear(self._wire, None)
@@ -96,33 +70,39 @@ class Agent(SimpleElasticAgent):
             if said and said["leave"]:
                 raise Leave
 
-    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+    def state(self, group: Any) -> State:
+        """How they are, and whether all nodes of the attempt are still there."""
         said = hear(self._wire)
-        if said is None:
-            found = self._meeting.look()
-            if found == "closed":
-                raise RendezvousClosedError()
-            if found == "lost":
-                self._again(worker_group)
-            return RunResult(state=WorkerState.HEALTHY)
+        if said is not None:
+            return self._ended(group, said)
+        if self._done and self._all_done(group):
+            return "SUCCEEDED"
+        found = self._meeting.look()
+        if found == "closed":
+            raise errors()[0]
+        return "AGAIN" if found == "lost" else "HEALTHY"
+
+    def _ended(self, group: Any, said: dict[str, Any]) -> State:
         self._runs = False
         if said["leave"]:
             raise Leave
         if said["code"] == 0:
-            values = {worker.global_rank: None for worker in worker_group.workers}
-            return RunResult(state=WorkerState.SUCCEEDED, return_values=values)
+            self._done = True
+            self._all_done(group, 1)
+            return "HEALTHY"
         if said["code"] == SAVED:  # another node was told to leave; no one has failed
-            self._again(worker_group)
-            return RunResult(state=WorkerState.HEALTHY)
+            return "AGAIN"
         self.failed = True
         if said["failure"] is not None:
             self._meeting.blame(said["failure"])
-        return RunResult(state=WorkerState.FAILED)
+        return "FAILED"
 
-    def _again(self, worker_group: WorkerGroup) -> None:
-        """Start again without counting it, as torch does when a node comes."""
-        restart: Any = self._restart_workers  # its decorator hides the arguments
-        restart(worker_group)
+    def _all_done(self, group: Any, more: int = 0) -> bool:
+        """Whether the ranks of every node have ended well, `more` of them just now.
+
+        torch would wait for the rest up to a limit, and not see that they start again.
+        """
+        return group.store.add("done", more) >= group.group_world_size
 
 
 def be(plan: Plan, wire: Wire, parent: int, tether: int | None) -> int:
@@ -130,8 +110,6 @@ def be(plan: Plan, wire: Wire, parent: int, tether: int | None) -> int:
 
     Effects: the rendezvous' sockets, and torch's variables of this process.
     """
-    signal.signal(signal.SIGTERM, _leave)
-    let_signals()
     os.setsid()  # a Ctrl-C at the terminal reaches the launcher alone
     if tether is None:
         die_with(parent, signal.SIGKILL)
@@ -139,7 +117,9 @@ def be(plan: Plan, wire: Wire, parent: int, tether: int | None) -> int:
         die_with_pipe(tether)
     environ.write(agent_variables())
     _redirect(plan)
+    signal.signal(signal.SIGTERM, _leave)
     try:
+        let_signals()
         said = _attend(plan, wire)
     except (Leave, EOFError):
         return 0
@@ -176,38 +156,49 @@ def _attend(plan: Plan, wire: Wire) -> dict[str, Any]:
         return {"code": 1, "words": f"{where} does not answer as a rendezvous: {error}"}
     if meeting.opened:
         say(wire, do="note", words=_opened(plan.elastic.job_id, meeting.opened))
-    agent = Agent(plan, wire, meeting)
+    _, late, lost = errors()
+    hands = Hands(wire, meeting)
+    runs = agent(
+        *(hands, meeting),
+        name=plan.asked.target,
+        num_ranks=plan.num_ranks,
+        restarts=plan.elastic.restarts,
+    )
     try:
-        return _run(agent, meeting)
+        return _run(runs, hands, meeting)
     except SpawnError as error:
         return {"code": 2, "words": str(error)}
-    except RendezvousTimeoutError:
+    except late:
         fewest, seconds = plan.elastic.fewest, plan.elastic.join_timeout
         wanted = f"{fewest} node{'s are' if fewest > 1 else ' is'} wanted"
         words = f"{wanted}, and fewer came to {where} within {seconds:g} s; start them"
         return {"code": LATE, "words": f"{words}, or write a larger --join-timeout"}
-    except (RendezvousConnectionError, *store_errors()):
+    except (lost, *store_errors()):
         return {"code": 1, "words": gone}
 
 
-def _run(agent: Agent, meeting: Meeting) -> dict[str, Any]:
+def _run(runs: Any, hands: Hands, meeting: Meeting) -> dict[str, Any]:
     try:
-        result = agent.run()
+        result = runs.run()
     except Leave:
         meeting.leave()
         raise
     except SpawnError:
         meeting.goodbye()
         raise
-    except RendezvousClosedError:
-        words = "another node has ended the job"
-        said = {"code": 1, "words": words, "cause": meeting.cause()}
+    except errors()[0]:
+        if meeting.ended_well():  # it came as the others were leaving
+            return UNUSED
+        said = {"code": 1, "words": ENDED, "cause": meeting.cause()}
         meeting.goodbye()
         return said
     if result is None:  # more nodes came than the job takes
-        return {"code": 0, "words": "the job has ended without a use for this node"}
+        meeting.goodbye()
+        return UNUSED
+    if not hands.failed:
+        meeting.say_well()
     meeting.shutdown()
-    cause = meeting.cause() if agent.failed else None
+    cause = meeting.cause() if hands.failed else None
     meeting.goodbye()
     return {"code": None, "cause": cause}
 

@@ -121,7 +121,8 @@ def _next(job: Job) -> dict[str, Any]:
                 numbers = os.read(key.fd, 512) if key.fd == wakeup else b""
                 for number in STOPPING.intersection(map(signal.Signals, numbers)):
                     os.kill(job.agent, signal.SIGTERM)
-                    return {"do": "end", "code": 128 + number, "words": number.name}
+                    words = f"{number.name} came while no ranks ran"
+                    return {"do": "end", "code": 128 + number, "words": words}
             if job.limit is not None and time.monotonic() >= job.limit:
                 os.kill(job.agent, signal.SIGTERM)
                 words = f"no ranks to end within {job.plan.timeout:g} s"

@@ -73,6 +73,23 @@ def shares(cpus: tuple[Cpu, ...], num_ranks: int) -> list[tuple[int, ...]]:
     ]
 
 
+def near(cpus: tuple[Cpu, ...], num_ranks: int) -> list[tuple[int, ...]]:
+    """CPU numbers of each rank: one whole NUMA node, which neighbours share.
+
+    Where there are fewer ranks than nodes, each has several. No CPU is left out.
+    """
+    nodes = [
+        [cpu.number for cpu in group]
+        for _, group in groupby(sorted(cpus), lambda cpu: cpu.node)
+    ]
+    found: list[tuple[int, ...]] = []
+    for rank in range(num_ranks):
+        low = rank * len(nodes) // num_ranks
+        high = max(low + 1, (rank + 1) * len(nodes) // num_ranks)
+        found.append(tuple(sorted(n for node in nodes[low:high] for n in node)))
+    return found
+
+
 def usable_gpus(devices: int, visible: str | None, build: str | None) -> int:
     """How many CUDA devices torch will see.
 

@@ -15,15 +15,9 @@ from datetime import timedelta
 from typing import Any, Literal
 
 import attrs
-from torch.distributed import TCPStore
-from torch.distributed.elastic.rendezvous import (
-    RendezvousHandler,
-    RendezvousInfo,
-    RendezvousParameters,
-    RendezvousStoreInfo,
-)
 
-from accelx._torch import leave_rendezvous, prefixed, rendezvous_size, store_errors
+from accelx import _torch_elastic as elastics
+from accelx._torch import prefixed, store_errors
 from accelx.errors import SpawnError
 from accelx.launch.address import interface_of, is_loopback, listen, reach
 from accelx.launch.elastic import Elastic
@@ -31,6 +25,7 @@ from accelx.launch.elastic import Elastic
 LOOPBACK = "127.0.0.1"
 ANSWER = 60.0  # seconds that a store may take to answer
 ECHO = 3.0  # seconds to wait for the node that failed first to say why
+HEAR = 2.5  # seconds in which nodes that wait for a place hear that there is none
 LEAVE = 10.0  # seconds that the node with the store waits for the others to leave
 PROTOCOL = 1  # of what agents tell each other
 
@@ -46,10 +41,11 @@ class Told:
     error: str = ""
 
 
-class Meeting(RendezvousHandler):
+class Meeting:
     """The nodes of a job, or the one: who is there, with which rank, and where to meet.
 
-    Effects: sockets, those of one node on the loopback only.
+    torch's agent takes it for a rendezvous handler. Effects: sockets, those of one node
+    on the loopback only.
     """
 
     def __init__(self, elastic: Elastic, libuv: bool) -> None:
@@ -72,7 +68,7 @@ class Meeting(RendezvousHandler):
         """The network interface for gloo; empty where it is not ours to say."""
         return interface_of(self.own) if self._elastic.picks_interface else ""
 
-    def next_rendezvous(self) -> RendezvousInfo:
+    def next_rendezvous(self) -> Any:
         """Wait for the other nodes of the next attempt."""
         self._served = None  # its port closes; what still talks to it was told to end
         self._waiting = 0
@@ -88,8 +84,7 @@ class Meeting(RendezvousHandler):
             if self.told.error:
                 raise SpawnError(self.told.error)
             rank = self.told.nodes[made.rank]
-        place = RendezvousStoreInfo(self.told.host, self.told.port)
-        return RendezvousInfo(store, rank, world, place)
+        return elastics.met(store, rank, world, self.told.host, self.told.port)
 
     def blame(self, failure: dict[str, Any]) -> None:
         """Leave word of why this node's ranks failed, for nodes that only felt it."""
@@ -110,10 +105,22 @@ class Meeting(RendezvousHandler):
             return json.loads(self._base.get(self._key("cause")))
         return None
 
+    def say_well(self) -> None:
+        """Leave word that the job has ended well, for nodes that were waiting."""
+        if self._torch is not None:
+            with contextlib.suppress(*store_errors()):
+                self._base.set("accelx/well", "1")
+
+    def ended_well(self) -> bool:
+        """Whether one has left that word."""
+        with contextlib.suppress(*store_errors()):
+            return self._base.check(["accelx/well"])
+        return False
+
     def leave(self) -> None:
         """Take this node off, so that the rest need not miss it first."""
         if self._torch is not None:
-            leave_rendezvous(self._torch)
+            elastics.leave(self._torch)
 
     def goodbye(self) -> None:
         """The node with the rendezvous leaves last: nobody talks to a closed one."""
@@ -122,6 +129,8 @@ class Meeting(RendezvousHandler):
         with contextlib.suppress(*store_errors()):
             left = self._base.add(self._key("left"), 1)
             deadline = time.monotonic() + LEAVE
+            if self.hosts and elastics.spares(self._torch):
+                time.sleep(HEAR)
             while self.hosts and left < len(self.told.nodes):
                 if time.monotonic() > deadline:
                     return
@@ -131,11 +140,6 @@ class Meeting(RendezvousHandler):
     def get_backend(self) -> str:
         """Its name."""
         return "c10d"
-
-    @property
-    def use_agent_store(self) -> bool:
-        """Ranks meet in a store that the agent serves."""
-        return True
 
     def look(self) -> Literal["", "closed", "lost"]:
         """What has become of the nodes: the job was ended, or one is gone.
@@ -151,17 +155,8 @@ class Meeting(RendezvousHandler):
         self._waiting = self._torch.num_nodes_waiting()
         if self._torch.is_closed():
             return "closed"
-        lost = rendezvous_size(self._torch) < len(self.told.nodes)
+        lost = elastics.size(self._torch) < len(self.told.nodes)
         return "lost" if lost else ""
-
-    def is_closed(self) -> bool:
-        """Whether a node has ended the job."""
-        return self._torch is not None and self._torch.is_closed()
-
-    def set_closed(self) -> None:
-        """End the job."""
-        if self._torch is not None:
-            self._torch.set_closed()
 
     def num_nodes_waiting(self) -> int:
         """How many nodes wait for the next attempt, as `look` has seen."""
@@ -184,6 +179,8 @@ class Meeting(RendezvousHandler):
         door = listen(host, port)
         if door is None:
             self.own = reach(host, port, self._elastic.join_timeout)
+            from torch.distributed import TCPStore
+
             return TCPStore(host, port, is_master=False, timeout=wait)
         shown = door.getsockname()[0]
         self.hosts = True
@@ -199,6 +196,8 @@ class Meeting(RendezvousHandler):
         return self._served
 
     def _server(self, door: socket.socket, world: int | None) -> Any:
+        from torch.distributed import TCPStore
+
         host, port = door.getsockname()[:2]
         return TCPStore(
             *(host, port, world),
@@ -238,21 +237,15 @@ def listen_anywhere(address: str) -> socket.socket:
 
 
 def _torchs(elastic: Elastic, store: Any, own: str) -> Any:
-    from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import (
-        C10dRendezvousBackend,
-    )
-    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
-
-    where = str(elastic.rendezvous)
-    settings = RendezvousParameters(
-        *("c10d", where, elastic.job_id, elastic.fewest, elastic.most, own),
+    return elastics.rendezvous(
+        *(store, str(elastic.rendezvous), elastic.job_id, own),
+        min_nodes=elastic.fewest,
+        max_nodes=elastic.most,
         join_timeout=max(1, round(elastic.join_timeout)),
         last_call_timeout=max(1, round(elastic.last_call)),
         keep_alive_interval=elastic.beat,
         keep_alive_max_attempt=elastic.beats,
     )
-    backend = C10dRendezvousBackend(store, elastic.job_id)
-    return create_handler(store, backend, settings)
 
 
 def _check_job(store: Any, elastic: Elastic) -> None:

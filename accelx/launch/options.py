@@ -69,7 +69,7 @@ def _parser() -> _Parser:
     say("--grace", metavar="S", help=wait)
     whole = "seconds that the run may take; then ranks show their stacks and end"
     say("--timeout", metavar="S", help=whole)
-    cores = "cores of its own for each rank: auto, always or never"
+    cores = "each rank's cores: its own (auto, always), those of a NUMA node, never"
     say("--bind", metavar="HOW", help=cores)
     file = "read settings from FILE, by default from accelx.toml if it is here"
     say("--config", metavar="FILE", help=file)

@@ -10,7 +10,7 @@ import attrs
 
 from accelx.errors import SpawnError
 from accelx.launch.elastic import Elastic, decide_elastic
-from accelx.launch.machine import Machine, cores, shares
+from accelx.launch.machine import Machine, cores, near, shares
 from accelx.launch.options import PROGRAM
 from accelx.launch.settings import KNOWN, Choice, File, decide
 from accelx.launch.system import System, decide as decide_system
@@ -274,18 +274,20 @@ def _bound(
     ranks: int,
     threads: int,
 ) -> tuple[tuple[tuple[int, ...], ...], Setting]:
-    split = shares(machine.cpus, ranks)
+    whole = bind.value == "numa"
+    split = (near if whole else shares)(machine.cpus, ranks)
     why = _why_shared(bind, environ, machine, ranks, threads)
     if why is not None:
         return (), Setting("cpus", "shared", why)
     if not split or not _binds(machine):
         raise SpawnError(
-            f"--bind always wants a core for each of {ranks} ranks, got "
+            f"--bind {bind.value} wants a core for each of {ranks} ranks, got "
             f"{len(cores(machine.cpus))} cores on {machine.system}; write --bind auto"
         )
     text = ", ".join(f"{rank}: {_ranges(cpus)}" for rank, cpus in enumerate(split))
     source = f"{bind.source}: {bind.value}"
-    return tuple(split), Setting("cpus", text, f"{source}, whole cores")
+    what = "whole NUMA nodes" if whole else "whole cores"
+    return tuple(split), Setting("cpus", text, f"{source}, {what}")
 
 
 def _why_shared(
@@ -298,7 +300,7 @@ def _why_shared(
     """Why ranks are not bound to cores; None where they are."""
     if bind.value == "never":
         return f"{bind.source}: never"
-    if bind.value == "always":
+    if bind.value in ("always", "numa"):
         return None
     each = len(cores(machine.cpus)) // ranks
     placed = [name for name in PLACED_BY if environ.get(name)]

@@ -113,8 +113,8 @@ def folder(text: str) -> str | None:
 
 
 def binding(text: str) -> str:
-    """`auto`, `always` or `never`."""
-    if text not in ("auto", "always", "never"):
+    """`auto`, `always`, `numa` or `never`."""
+    if text not in ("auto", "always", "numa", "never"):
         raise ValueError(text)
     return text
 
@@ -133,7 +133,10 @@ KNOWN = (
         *("timeout", "--timeout", "a time limit in seconds is more than 0, or none"),
         *("600", limit),
     ),
-    Known("bind", "--bind", "bind is auto, always or never", '"auto"', binding, "auto"),
+    Known(
+        *("bind", "--bind", "bind is auto, always, numa or never", '"auto"', binding),
+        "auto",
+    ),
     Known(
         *("nodes", "--nodes", "nodes is a number from 1, or a range such as 1:4"),
         *("2", texts.nodes),

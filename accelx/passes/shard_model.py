@@ -112,8 +112,8 @@ def shard_model(
 
     kind: "ddp" keeps a copy on each rank, "fsdp2" slices of weights, gradients and
     optimizer state, "hsdp" copies over the axis replicate, each in slices over shard,
-    "deepspeed" what ZeRO `stage` 0 to 3 (2) slices, with a `config` of its own settings;
-    on one rank these are the plain model. "xla": one process, all its XLA devices.
+    "deepspeed" what ZeRO `stage` 0 to 3 (2) slices, with a `config` of its settings; on
+    one rank these are the plain model. "xla": one process, all its XLA devices.
     `blocks` are gathered one at a time: a glob over names of modules, a class or a
     function (name, module) -> bool. Rank 0's weights and buffers count on every rank. A
     model given as a function is sliced while it is made, where it is to be: no rank
@@ -141,7 +141,10 @@ def shard_model(
     return Transform((_pass(spec),))
 
 
-_ONCE = Rules(once=True, why="a model is placed once, by one engine")
+_RULES = (
+    Rules(once=True, why="a model is placed once, by one engine"),
+    Rules(after=("quantize",), why="weights are packed before they are sent and cut"),
+)
 
 
 def _pass(spec: ShardModel) -> Pass:
@@ -158,7 +161,7 @@ def _pass(spec: ShardModel) -> Pass:
         place=place,
         start=_begin if spec.kind in settings.WITH_OPTIMIZERS else None,
         alone=lambda model: placing(model, spec, identity, alone=True).model,
-        rules=_ONCE,
+        rules=_RULES,
         neutral=spec.hook is None,
     )
     return attrs.evolve(one, **_noted()) if spec.kind == "xla" else one
@@ -178,13 +181,13 @@ def _noted() -> dict[str, Any]:
     return {
         "forward": xla.apart,
         "done": xla.ended,
-        "rules": (_ONCE, Rules(excludes=("compile", "remat"), why=why)),
+        "rules": (*_RULES, Rules(excludes=("compile", "remat"), why=why)),
     }
 
 
 def _plan(spec: ShardModel, tx: Transform, alone: bool) -> Any:
     """How the chain wants it; refuses what does not fit before a model is made."""
-    from accelx.engines import deepspeed, placed
+    from accelx.engines import deepspeed, float8, placed
 
     _ready(spec.env)
     _divided(spec.env, tx)
@@ -192,6 +195,7 @@ def _plan(spec: ShardModel, tx: Transform, alone: bool) -> Any:
     settings.laid_out(over, spec.kind)
     precise = tx.find("with_precision")
     wanted: Precision | None = None if precise is None else precise.precision
+    float8.check(wanted, spec.env.device, spec.kind)
     fills = placed.promises(tx, "load_weights", "load_state")
     # not load_state: a checkpoint may be of some weights on top of others, as they were
     blank = placed.promises(tx, "load_weights")
@@ -218,7 +222,8 @@ def placing(thing: Any, spec: ShardModel, tx: Transform, alone: bool) -> Any:
     over = plan.env
     cut = tx.find("shard_stages")
     if cut is not None and cut.ranks > 1:
-        result = stages.place(thing, cut, plan)
+        known = isinstance(thing, nn.Module)
+        result = stages.place(thing if known else lambda: _module(thing), cut, plan)
         placed.seal(result.model)
         return result
     if plan.tensors is not None:

@@ -106,7 +106,7 @@ def _pass(spec: ShardSequence) -> Pass:
     )
     name = "shard_sequence"
     if env.world == 1:
-        return Pass(name, spec, place=lambda s, _: s, rules=rules, neutral=True)
+        return Pass(name, spec, rules=rules, neutral=True)
     from accelx.engines.sequence import Layout, Site
 
     layout = Layout(env.rank, env.world, zigzag=spec.mode != "ulysses")

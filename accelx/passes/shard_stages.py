@@ -12,6 +12,8 @@ from accelx.errors import PlacementError
 from accelx.passes.accumulate import accumulate
 from accelx.records import Env, Pass, Rules, Transform, check_env, code
 
+APART = ("shard_tensors", "shard_sequence", "shard_experts")
+
 
 def _kept(split: Any) -> Any:
     return split if isinstance(split, str) else tuple(split)
@@ -23,7 +25,7 @@ class ShardStages:
 
     env: Env
     split: Any = attrs.field(converter=_kept)
-    n: int = 1
+    n: int
     schedule: str = "1f1b"
     sample: Any = attrs.field(default=None, eq=False, repr=False)
 
@@ -131,7 +133,7 @@ def _pass(spec: ShardStages) -> Pass:
         backward=backward,
         rules=(
             Rules(once=True, why="a model is cut into stages once"),
-            Rules(excludes=("shard_tensors", "shard_sequence"), why=why),
+            Rules(excludes=APART, why=why),
             Rules(excludes=("with_local_sgd", "with_diloco"), why=apart),
         ),
         neutral=True,

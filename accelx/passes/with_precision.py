@@ -31,7 +31,7 @@ class WithPrecision:
 
 
 def with_precision(wanted: str | Precision) -> Transform:
-    """Compute in another dtype: "fp32", "bf16", "fp16", or a Precision of your own.
+    """Compute in another dtype: "fp32", "bf16", "fp16", "fp8", or a Precision.
 
     "bf16" and "fp16" keep weights, gradients and optimizer state in float32, autocast
     the loss function, and reduce in float32; fsdp2 also gathers weights in the compute
@@ -39,45 +39,76 @@ def with_precision(wanted: str | Precision) -> Transform:
     whose gradients overflow on any rank is skipped on all, shows in `Out.skipped`, and
     moves neither step count nor schedule. The model's outputs stay in the compute dtype
     unless `Precision(output=...)` asks. After placing, the real dtypes are read back.
-    Not neutral. Raises PrecisionError for a precision that is unknown or was not
-    obtained.
+
+    "fp8" is "bf16" with the products of Linears in 8-bit floats, by torchao, each row
+    scaled by itself; gradients of weights stay in 16 bits. On GPUs that have it, else
+    refused. The last Linear, and those of odd sizes, stay in 16 bits:
+    `state.slots["with_precision"]` says which.
+
+    Not neutral. Raises PrecisionError for a precision that is unknown, not to be had
+    here, or was not obtained.
     """
     spec = WithPrecision(wanted)
     full = spec.precision
     _possible(full)
 
-    def place(state: Any, tx: Transform) -> Any:
-        if tx.find("shard_model") is None:
-            from torch import nn
-
-            from accelx import dtypes
-
-            model = state.model if isinstance(state.model, nn.Module) else state.model()
-            dtypes.cast(model, full)
-            return attrs.evolve(state, model=model)
-        return state
-
     def start(state: Any, tx: Transform) -> Any:
         from accelx import dtypes
 
         dtypes.read_back(state.model, full)
-        return state
+        return _in_8_bits(state) if full.compute == "fp8" else state
 
     once = Rules(once=True, why="a run computes in one precision")
     one = Pass(
         "with_precision",
         spec,
-        place=place,
+        place=lambda state, tx: _placed(full, state, tx),
         start=start,
         forward=lambda loss: _autocasting(loss, full),
-        rules=once,
+        rules=(once, _APART) if full.compute == "fp8" else once,
     )
     scaling = (_loss_scale(),) if full.compute == "fp16" else ()
     return Transform((one, *scaling))
 
 
+def _placed(full: Precision, state: Any, tx: Transform) -> Any:
+    if tx.find("shard_model") is not None:
+        return state
+    from torch import nn
+
+    from accelx import dtypes
+    from accelx.engines import float8
+
+    float8.check(full, _device(state.model))
+    model = state.model if isinstance(state.model, nn.Module) else state.model()
+    dtypes.cast(model, full)
+    return attrs.evolve(state, model=model)
+
+
+_APART = Rules(
+    excludes=("shard_tensors", "shard_experts", "shard_stages"),
+    why="these cut weights that fp8 multiplies whole",
+)
+
+
+def _device(thing: Any) -> str:
+    """Where a model is that no pass moves; the CPU for one still to be made."""
+    weights = getattr(thing, "parameters", None)
+    first = None if weights is None else next(weights(), None)
+    return "cpu" if first is None else str(first.device)
+
+
+def _in_8_bits(state: Any) -> Any:
+    from accelx.engines import float8
+    from accelx.engines.forwards import carried
+    from accelx.state import with_slot
+
+    done = float8.convert(state.model)
+    return carried(with_slot(state, "with_precision", done))
+
+
 def _possible(full: Precision) -> None:
-    half = full.compute in ("bf16", "fp16")
+    half = full.compute in ("bf16", "fp16", "fp8")
     if full.param == "fp16":
         raise PrecisionError(
             "weights in fp16 lose updates, and a loss scale cannot help them; got "
@@ -93,7 +124,7 @@ def _possible(full: Precision) -> None:
 
 def _autocasting(loss: Loss, full: Precision) -> Loss:
     """The loss under autocast, with the model's outputs cast if that was asked."""
-    if full.compute not in ("bf16", "fp16") and full.output is None:
+    if full.compute not in ("bf16", "fp16", "fp8") and full.output is None:
         return loss
 
     def cast_loss(model: Any, *args: Any) -> Any:

@@ -21,7 +21,7 @@ from accelx.saves.memory import flat, host, view
 from accelx.saves.read import BLOCK, Read, Want
 from accelx.saves.shards import Item, Shard
 from accelx.saves.source import SHARDS, Source, opened, reading
-from accelx.saves.stream import held_weights, streamed
+from accelx.saves.stream import held_weights, packed_in, packed_of, streamed
 from accelx.saves.together import alike
 from accelx.saves.weights import FLOATS
 from accelx.state import State, check_state
@@ -101,9 +101,21 @@ def _items(
     return shards.ordered(items)
 
 
+def _floats(packed: Iterable[str], only: Only) -> None:
+    """Refuse weights in a form that no other program reads."""
+    taken = [name for name in packed if takes(only, name)]
+    if taken:
+        raise CheckpointError(
+            f"export wants weights that other programs read, but {len(taken)} are "
+            f"packed by quantize: {', '.join(taken[:5])}; leave them out, by only=... "
+            "with the names of what was trained"
+        )
+
+
 def _from_store(
     source: Source, out: Store, wanted: str | None, limit: int, only: Only
 ) -> None:
+    _floats(packed_in(source.manifest.values), only)
     absent = [name for name in source.manifest.base if takes(only, name)]
     if absent:
         raise CheckpointError(
@@ -140,6 +152,7 @@ def _from_state(
     check_env("export", env)
     check_state("export", state)
     held = held_weights("export", env, state)
+    _floats(packed_of(state), only)
     named = ((n, _named(t.dtype), tuple(t.shape)) for n, t in held.items())
     items = _items(named, wanted, only)
     cut = shards.cut(items, limit)

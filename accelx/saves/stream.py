@@ -47,6 +47,12 @@ def stream_weights(
             "write timeout=60.0, or leave it out"
         )
     held = held_weights("stream_weights", env, state)
+    if packed_of(state):
+        raise CheckpointError(
+            "stream_weights wants weights as floats, but those of "
+            f"{', '.join(packed_of(state)[:5])} are packed by quantize; read what is "
+            "trained from state.model, or write export((env, state), url, only=...)"
+        )
     return streamed(env, held, timeout)
 
 
@@ -60,6 +66,21 @@ def held_weights(name: str, env: Env, state: State) -> dict[str, Held]:
             "stages; write url = ax.save_state(env, url)(state), and take it from there"
         )
     return state_tensors(state)[0]
+
+
+def packed_of(state: State) -> list[str]:
+    """Names of weights that `quantize` has packed."""
+    slot = state.slots.get("quantize")
+    return [] if slot is None else list(slot.weights)
+
+
+def packed_in(values: Mapping[str, Any]) -> list[str]:
+    """The same, of the values of a manifest."""
+    match values.get("slots.quantize"):
+        case {"v": {"weights": weights}}:
+            return list(weights)
+        case _:
+            return []
 
 
 def streamed(

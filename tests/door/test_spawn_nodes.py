@@ -1,8 +1,10 @@
 """Jobs of several nodes, and jobs that start again: the same numbers, nothing left."""
 
+import base64
 import contextlib
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from tests.door.scripts.where import listening
 from tests.door.spawning import SCRIPTS, command, environment, launch
@@ -186,8 +189,18 @@ def spaces():
         pytest.skip("network namespaces cannot be made here: needs root and iproute2")
 
 
-def two_nodes(folder, start, host, prefixes, port):
-    """A job of two nodes with two ranks each, and a third launcher of another job."""
+def spares(port):
+    """How many nodes wait for a place, as torch keeps it in its store."""
+    store = TCPStore("127.0.0.1", port, is_master=False)
+    state = pickle.loads(base64.b64decode(store.get(f"torch.rendezvous.{TRAIN.name}")))
+    return len(state.redundancy_list)
+
+
+def two_nodes(folder, start, host, prefixes, port, spare=False):
+    """A job of two nodes with two ranks each, and a third launcher of another job.
+
+    `spare`: and one node too many, which is the last of those returned.
+    """
     opened = gates(folder, 1)
     words = ["-n", 2, "--nodes", 2, "--rendezvous", f"{host}:{port}"]
     train = [TRAIN, folder, 2]
@@ -196,6 +209,9 @@ def two_nodes(folder, start, host, prefixes, port):
     other = start(*words, "--job-id", "other", *train, before=prefixes[1])
     codes, said = ended(other)
     sockets = [listening(parents(node.pid)) for node in nodes]
+    if spare:
+        nodes.append(start(*words, *train))
+        until(lambda: spares(port), nodes[-1])
     opened(1)
     return nodes, sockets, (codes[0], said[0])
 
@@ -229,9 +245,10 @@ def test_nodes_in_namespaces_meet_on_the_address_given(tmp_path, start, spaces):
 
 
 def test_nodes_on_one_machine_meet_on_its_loopback(tmp_path, start):
-    """The same without namespaces: every socket is on the loopback."""
-    prefixes = [[], []]
-    found = two_nodes(tmp_path, start, "127.0.0.1", prefixes, free_port())
+    """Without namespaces: all sockets are on the loopback; a node too many waits."""
+    found = two_nodes(tmp_path, start, "127.0.0.1", [[], []], free_port(), spare=True)
+    (code,), (words,) = ended(found[0].pop())
+    assert (code, words.count("without a use for this node")) == (0, 1)
     said = check_two_nodes(tmp_path, found[0], found[2])
     assert [set(sockets) for sockets in found[1]] == [{LOOPBACK}] * 2
     assert "meet at" not in said[0] + said[1]

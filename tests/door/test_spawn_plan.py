@@ -5,7 +5,7 @@ import pytest
 
 from accelx.errors import SpawnError
 from accelx.launch.failure import Failure, first, raised
-from accelx.launch.machine import Cpu, Machine, shares, usable_gpus
+from accelx.launch.machine import Cpu, Machine, near, shares, usable_gpus
 from accelx.launch.options import parse
 from accelx.launch.place import alone, rank_variables
 from accelx.launch.plan import asked_for, check_cores, check_gpus, resolve
@@ -47,6 +47,27 @@ def test_no_cpu_is_lost_or_given_twice(ranks):
     split = shares(BIG, ranks)
     assert sorted(cpu for share in split for cpu in share) == list(range(16))
     assert max(map(len, split)) - min(map(len, split)) <= 2
+
+
+NODE = ({0, 1, 2, 3, 8, 9, 10, 11}, {4, 5, 6, 7, 12, 13, 14, 15})
+FOUR = tuple(Cpu(n // 2, 0, n, n) for n in range(8))  # four nodes of two cores
+
+
+@pytest.mark.parametrize(
+    ("cpus", "ranks", "expected"),
+    [
+        (BIG, 1, [NODE[0] | NODE[1]]),
+        (BIG, 2, [NODE[0], NODE[1]]),
+        (BIG, 3, [NODE[0], NODE[0], NODE[1]]),
+        (BIG, 4, [NODE[0], NODE[0], NODE[1], NODE[1]]),
+        (BIG, 17, [NODE[0]] * 9 + [NODE[1]] * 8),
+        (FOUR, 2, [{0, 1, 2, 3}, {4, 5, 6, 7}]),
+        (FOUR, 3, [{0, 1}, {2, 3}, {4, 5, 6, 7}]),
+    ],
+)
+def test_ranks_near_each_other_share_a_node(cpus, ranks, expected):
+    """By `numa` a rank has all of a node, or several; no CPU is left out."""
+    assert [set(share) for share in near(cpus, ranks)] == expected
 
 
 @pytest.mark.parametrize(
@@ -130,6 +151,13 @@ def test_auto_counts_gpus_then_numa_nodes(machine, count, why):
         (("--log-dir", "d"), {}, "log_dir", "d", "command line"),
         ((), {}, "cpus", "0: 0-3+8-11, 1: 4-7+12-15", "default: auto"),
         (("--bind", "never"), {}, "cpus", "shared", "command line: never"),
+        (
+            ("--bind", "numa"),
+            {"OMP_PLACES": "cores"},  # asked for, so done
+            "cpus",
+            "0: 0-3+8-11, 1: 4-7+12-15",
+            "command line: numa, whole NUMA nodes",
+        ),
         ((), {"OMP_PLACES": "cores"}, "cpus", "shared", "environment: OMP_PLACES"),
         ((), {"OMP_NUM_THREADS": "16"}, "cpus", "shared", "default: cores per rank"),
         ((), {"MASTER_PORT": "29500"}, "MASTER_PORT", "a free one", "not used"),

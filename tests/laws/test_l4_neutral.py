@@ -238,6 +238,7 @@ FACTORIES = {  # one call of each public factory of passes
     "load_state": lambda: ax.load_state(ENV, "url"),
     "load_weights": lambda: ax.load_weights("url"),
     "on_preempt": lambda: ax.on_preempt(ENV, "url"),
+    "quantize": lambda: ax.quantize("nf4"),
     "remat": lambda: remat(BLOCKS),
     "save_state": lambda: ax.save_state(ENV, "url", every=1),
     "shard_experts": lambda: ax.shard_experts(ENV),

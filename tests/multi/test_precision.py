@@ -258,9 +258,9 @@ def test_ddp_refuses_a_reduction_dtype_that_it_cannot_have():
     testing.run(2)(rank)()
 
 
-@pytest.mark.parametrize("given", ["fp8", "half", 16, None, torch.float16])
+@pytest.mark.parametrize("given", ["fp4", "half", 16, None, torch.float16])
 def test_an_unknown_precision_says_which_there_are(given):
-    """The three presets and the record are named, with what came."""
+    """The four presets and the record are named, with what came."""
     with pytest.raises(ax.PrecisionError, match="'fp32', 'bf16', 'fp16'") as error:
         ax.with_precision(given)
     assert repr(given) in str(error.value)

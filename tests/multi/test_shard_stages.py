@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed.pipelining  # ranks are forked: once here, not once in each
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import accelx as ax
 from accelx import testing
@@ -102,6 +103,9 @@ def two(env):
     for name, rest in REST.items():
         found[name] = gap(env, chain(env, "ddp", "1f1b", 2, *rest()), t.masked)
     found["factory"] = gap(env, chain(env, "ddp", "1f1b", 2), t.bare, t.made())
+    state = ax.init(chain(env, "ddp", "1f1b", 2), t.made()(), t.grouped)
+    _, out = ax.step(chain(env, "ddp", "1f1b", 2), told)(state, t.batches(ROWS)[2])
+    found["aux"] = float(out.aux["real"].value), out.aux["rows"].detach()
     return found | {"unshared": unshared(env), "means": mean_of_means(env)}
 
 
@@ -129,6 +133,16 @@ def test_control_the_mean_of_means_is_another_run():
     assert min(rank["means"] for rank in on_two()) > 1e-4
 
 
+def test_what_a_loss_returns_beside_is_on_all_stages():
+    """Means of the whole batch, and rows in their order."""
+    batch = t.batches(ROWS)[2]
+    _, wanted = told(t.made()(), batch)
+    for rank in on_two():
+        real, rows = rank["aux"]
+        assert real == pytest.approx(float(wanted["real"].value))
+        assert torch.allclose(rows, wanted["rows"].detach(), atol=1e-12, rtol=0)
+
+
 def test_a_rank_has_the_weights_of_its_stages_alone():
     """Together they have all; only what is tied over stages is on both."""
     first, second = (rank[("1f1b", "bare", 3)][1] for rank in on_two())
@@ -154,7 +168,34 @@ def four(env):
     found["factory"] = gap(env, tx, t.masked, t.made())[0]
     tx = chain(env, "fsdp2", "gpipe", 2, ax.accumulate(2))
     found["accumulate"] = gap(env, tx, t.bare)[0]
+    found["fed"] = fed(env, chain(env, "fsdp2", "1f1b", 2))
+    found["allowed"] = allowed(env)
     return found
+
+
+def fed(env, tx):
+    """Losses of batches from ax.feed, the last of them short."""
+    data = TensorDataset(torch.arange(88).reshape(22, 4) % t.TOKENS)
+    tx = ax.chain(ax.shard_loader(env, seed=3), tx)
+    state = ax.init(tx, t.made()(), t.grouped)
+    step, losses = ax.step(tx, t.bare), []
+    for batch in ax.feed(tx, DataLoader(data, batch_size=8, shuffle=True)):
+        state, out = step(state, batch)
+        losses.append(float(out.loss))
+    return losses
+
+
+def allowed(env):
+    """Names of the weights that move where one module is used by no row."""
+    tx = ax.chain(
+        ax.shard_stages(env, "layers.2", 2), ax.shard_model(env, unused="allow")
+    )
+    torch.manual_seed(3)
+    state = ax.init(tx, Tiny(), lambda m: torch.optim.AdamW(m.parameters(), 0.1))
+    before = {n: p.detach().clone() for n, p in state.model.named_parameters()}
+    state, _ = ax.step(tx, square)(state, torch.ones(2, 3))
+    after = dict(state.model.named_parameters())
+    return {n for n, p in before.items() if not torch.equal(p, after[n])}
 
 
 @cache
@@ -169,6 +210,22 @@ def test_stages_over_data_make_the_run_of_one(case):
     """Copies and slices of stages, ranks with few rows and with none."""
     found = [rank[case] for rank in on_four()]
     assert max(found) < 1e-10, found
+
+
+def test_a_loader_feeds_stages_the_rows_of_one_process():
+    """Each row once, a short last batch too."""
+    alone = ax.chain(ax.shard_model(ax.Env()), ax.clip(t.LIMIT))
+    wanted = fed(ax.Env(), ax.chain(alone, ax.with_schedule(t.curve)))
+    assert len(wanted) == 3
+    for rank in on_four():
+        assert rank["fed"] == pytest.approx(wanted, abs=1e-10)
+
+
+def test_unused_weights_stay_where_that_is_allowed():
+    """All others move, on the stages that have them."""
+    moved = set().union(*(rank["allowed"] for rank in on_four()))
+    names = {name for name, _ in Tiny().named_parameters()}
+    assert names - moved == {"late.weight", "late.bias"}
 
 
 def halves(env, url, first):
@@ -284,6 +341,18 @@ def fails_last(model, x):
     return model(x)[..., 7].mean()
 
 
+def floats(model, x):
+    """A loss with a number of each microbatch beside it."""
+    return square(model, x), {"share": 0.5}
+
+
+def told(model, batch):
+    """A loss with a Mean and rows beside it."""
+    each = t.each(model, batch[0])
+    beside = {"real": ax.Mean(batch[1].sum(), batch[1].numel()), "rows": each.sum(1)}
+    return ax.Mean((each * batch[1]).sum(), batch[1].sum()), beside
+
+
 def rows_apart(env):
     """Other rows on each stage."""
     return torch.randn(4, 3, generator=torch.Generator().manual_seed(env.rank))
@@ -318,7 +387,15 @@ REFUSED = {  # model, loss, arguments, words of the error
         {"split": ["layers.1", "layers.2"]},
         "wants 2 stages.*makes 3",
     ),
+    "aux": ("", floats, {}, "does not add up to one"),
+    "each": (
+        "",
+        square,
+        {"schedule": "interleaved"},
+        "wants 4 or another multiple of 2",
+    ),
     "rows": ("", square, {}, "have other rows"),
+    "unused": ("unused", square, {}, r"no gradient .*: late.weight, late.bias\."),
     "last": ("", fails_last, {}, "IndexError|index 7"),
 }
 
@@ -332,7 +409,7 @@ def refused(env):
             options = {"split": "layers.2", "n": 2, **given}
             tx = ax.chain(ax.shard_stages(env, **options), ax.shard_model(env))
             model = Tiny(how)
-            if how != "late":
+            if how not in ("late", "unused"):
                 del model.late
             state = ax.init(tx, model, lambda m: torch.optim.SGD(m.parameters(), 0.1))
             ax.step(tx, loss)(state, x)

@@ -8,13 +8,13 @@ from pathlib import Path
 FLOORS = {
     0: "errors records tree match transform order state rows schedules"
     " permutation dtypes cut text",
-    1: "_torch _xla env loader accept fetch prefetch comm rng storage deferred data"
-    " explain nonfinite",
+    1: "_torch _torch_attention _torch_elastic _torch_simulate _torch_stages _xla env"
+    " loader accept fetch prefetch comm rng storage deferred data explain nonfinite",
     2: "engines saves",
     3: "passes",
     4: "run gradients optimizers fit report",
     5: "spawn launch testing doors doctor doctors checkpoint checkpoints equivalence"
-    " equivalences test pytest memory",
+    " equivalences test pytest memory simulate",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 

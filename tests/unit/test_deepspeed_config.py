@@ -118,6 +118,7 @@ CLASHES = [  # chain, options, what the error says: both sources
     (ax.identity, {"config": {"managed_gradient_accumulation": True}}, "accelx needs"),
     (ax.identity, zero(zenflow={"topk": 1}), "zenflow.*not taken"),
     (ax.identity, zero(offload_optimizer={"device": "nvme"}), "device cpu.*nvme"),
+    (ax.identity, zero(offload_optimizer="cpu"), "to be a dict, got 'cpu'"),
     (ax.identity, {"stage": 0, "offload": True}, "slices to offload.*stage=2"),
     (ax.identity, {"config": {"zero_optimization": 3}}, "to be a dict, got 3"),
     (ax.identity, {"stage": 4}, "0, 1, 2 or 3, got 4; write"),

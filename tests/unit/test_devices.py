@@ -6,6 +6,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+import accelx as ax
 from accelx import _xla, rng_device
 from accelx.env_device import Hardware, kind_of, probe, set_device
 from accelx.errors import MissingExtraError, PlacementError
@@ -147,6 +148,14 @@ def test_several_xla_devices_are_all_taken(monkeypatch, devices):
     monkeypatch.setattr(_xla, "_runtime", lambda: fake)
     set_device(Env(device="xla"))
     assert told.spmd == (devices > 1)
+
+
+def test_devices_that_would_stand_idle_are_refused(monkeypatch):
+    """An Env written by hand started no runtime over all of them."""
+    monkeypatch.setattr(_xla, "_runtime", lambda: runtime(2)[1])
+    placing = ax.shard_model(Env(device="xla"), "xla")
+    with pytest.raises(PlacementError, match="has 2 XLA devices, but uses one"):
+        placing(torch.nn.Linear(2, 2))
 
 
 def test_several_xla_hosts_are_refused(monkeypatch):

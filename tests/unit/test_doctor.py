@@ -31,7 +31,7 @@ FINE = {
     "python": "3.11.7",
     "system": {"name": "Linux", "machine": "x86", "container": False}
     | {"infiniband": False},
-    "cpu": {"usable": 8, "cores": 4, "nodes": 1, "quota": None},
+    "cpu": {"usable": 8, "present": 16, "cores": 4, "nodes": 1, "quota": None},
     "memory": {"total": 64 * GIB, "available": 32 * GIB, "limit": None, "used": None},
     "torch": {"version": "2.13.0+cu130", "cuda": "13.0", "hip": None, "threads": 4}
     | {"nccl": "2.29.1", "driver": "580.95"}

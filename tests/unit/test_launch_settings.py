@@ -19,7 +19,7 @@ TEXTS = {
     "prefix": {"yes": True, "on": True, "no": False, "0": False},
     "grace": {"0": 0.0, "1.5": 1.5, "30": 30.0},
     "timeout": {"600": 600.0, "0.5": 0.5, "none": None},
-    "bind": {"auto": "auto", "always": "always", "never": "never"},
+    "bind": {how: how for how in ("auto", "always", "numa", "never")},
     "nodes": {"1": (1, 1), "2": (2, 2), "1:4": (1, 4)},
     "min_ranks": {"1": 1, "8": 8},
     "max_ranks": {"8": 8, "16": 16},

@@ -19,7 +19,14 @@ from tests.unit.source import (
 )
 
 # Where a package's private and version-dependent names stand: torch's, torch_xla's.
-SEAMS = {"_torch.py", "_xla.py"}
+SEAMS = {
+    "_torch.py",
+    "_torch_attention.py",
+    "_torch_elastic.py",
+    "_torch_simulate.py",
+    "_torch_stages.py",
+    "_xla.py",
+}
 LAUNCHER = re.compile(r"(spawn|launch)\w*(/|\.py$)")
 REQUIRED = {"torch", "attrs", "typing_extensions", "safetensors", "fsspec"}
 REQUIRED |= {"xxhash", "tenacity"}

@@ -158,9 +158,9 @@ CASES = {
         ["clip(1.0) was called on a Sequential", "put it in a chain"],
     ),
     "an unknown precision": (
-        lambda: ax.with_precision("fp8"),
+        lambda: ax.with_precision("fp4"),
         ax.PrecisionError,
-        ["'fp32', 'bf16', 'fp16'", "got 'fp8'", 'with_precision("bf16")'],
+        ["'fp32', 'bf16', 'fp16'", "got 'fp4'", 'with_precision("bf16")'],
     ),
     "an unknown kind": (
         lambda: ax.shard_model(ENV, "fsdp"),

@@ -1,0 +1,97 @@
+"""Private and version-dependent names of torch that simulated ranks need."""
+
+# Private names are what this file is for.
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accelx._torch import is_dtensor, name_of
+
+
+def fake_group(rank: int, world: int) -> None:
+    """Open a default process group of `world` ranks that sends nothing."""
+    from torch.distributed import init_process_group
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+
+
+def own_of(tensor: Any) -> Tensor:
+    """What this rank holds of a tensor: its slice of a DTensor, or all."""
+    return tensor._local_tensor if is_dtensor(tensor) else tensor
+
+
+def is_dtensor_type(kind: type) -> bool:
+    """Whether this is the class of DTensors."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and issubclass(kind, module.DTensor)
+
+
+_COLLECTIVES = {  # part of an operator's name: (name, whether its result is the whole)
+    "allgather": ("gathered", True),
+    "all_gather": ("gathered", True),
+    "reduce_scatter": ("reduced, in slices", False),
+    "allreduce": ("reduced", False),
+    "all_reduce": ("reduced", False),
+    "alltoall": ("exchanged", False),
+    "all_to_all": ("exchanged", False),
+    "broadcast": ("broadcast", False),
+}
+
+
+def collective(func: Any, args: Any, kwargs: Any) -> tuple[str, int, int] | None:
+    """A collective's name, the bytes that come together in it, and over how many ranks.
+
+    None for any other operator. A sum that all get counts its bytes twice.
+    """
+    if func.namespace not in ("c10d", "_c10d_functional"):
+        return None
+    known = [kind for part, kind in _COLLECTIVES.items() if part in name_of(func)]
+    if not known:
+        return None
+    (name, whole), *_ = known
+    given = [*args, *kwargs.values()]
+    sizes = [_size(value) for value in given]
+    ranks = next(filter(None, map(_ranks, given)), 1)
+    size = max(sizes)
+    if whole and func.namespace == "_c10d_functional":
+        size *= ranks  # the result is not among the arguments
+    return name, size * 2 if name == "reduced" else size, ranks
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return sum(map(_size, value)) if isinstance(value, list | tuple) else 0
+
+
+def _ranks(value: Any) -> int | None:
+    """The ranks of an argument that is a process group, or a group's name."""
+    from torch.distributed import ProcessGroup
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    if isinstance(value, str) and value.lower() not in ("sum", "avg", "max", "min"):
+        return _resolve_process_group(value).size()  # type: ignore[arg-type]
+    if isinstance(value, torch.ScriptObject):
+        return _unboxed(ProcessGroup, value)
+    return value.size() if isinstance(value, ProcessGroup) else None
+
+
+def _unboxed(kind: Any, value: Any) -> int | None:
+    """The size of a boxed process group; None for other boxed things, as an op is."""
+    if "ProcessGroup" not in str(value._type()):
+        return None
+    return kind.unbox(value).size()
+
+
+def numberless() -> Any:
+    """A mode whose tensors have shapes and no numbers; real ones mix with them."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)

@@ -1,0 +1,123 @@
+"""What one of many ranks would hold and send in a step: shapes alone, no numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+from torch import Tensor, nn
+
+from accelx import _torch_simulate, gradients
+from accelx.cut import rows_in
+from accelx.engines.placed import engine_of
+from accelx.env import close, connect
+from accelx.env_axes import Axes
+from accelx.errors import PlacementError
+from accelx.records import Env, Loss, Transform
+from accelx.run import init
+from accelx.simulate_wire import Kept, Sent, size_of
+
+__all__ = ["Simulated", "simulate"]
+GIB = 2**30
+
+
+@attrs.frozen
+class Simulated:
+    """Bytes on one rank, and bytes that it sends in a step, by kind of collective."""
+
+    rank: int
+    world: int
+    parameters: int  # numbers, of the whole model
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int  # what one microbatch keeps for its backward pass
+    sent: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes that the rank holds at the end of a forward pass."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    def __str__(self) -> str:
+        held = ("weights", "gradients", "optimizer", "activations", "total")
+        lines = [
+            f"{self.parameters / 1e9:.2f} B parameters, rank {self.rank} of "
+            f"{self.world}; GiB on this rank, and sent by it in a step:"
+        ]
+        lines += [f"  {name:<19}{getattr(self, name) / GIB:10.3f}" for name in held]
+        lines += [f"  {n:<19}{size / GIB:10.3f} sent" for n, size in self.sent.items()]
+        return "\n".join(lines)
+
+
+def simulate(
+    chained: Callable[[Env], Transform],
+    model: Callable[[], nn.Module],
+    optim: Callable[[Any], Any],
+    loss: Loss,
+    *args: Tensor,
+    world: int,
+    axes: Axes | None = None,
+    rank: int = 0,
+) -> Simulated:
+    """What rank `rank` of `world` would hold and send, found in one process on a CPU.
+
+    `chained` makes the transform of an Env, as the program does; `args` are this rank's
+    part of a batch. The model is placed and runs forward and backward as on a cluster,
+    over a process group that sends nothing and tensors that have no numbers: 70 B
+    parameters take no memory. A loss that looks at numbers (`float(x)`) cannot be
+    simulated.
+
+    Effects: opens torch's process group and closes it. torch remembers meshes, so a
+    second simulation wants another process: `accelx.testing.run(1)` is one. Raises
+    PlacementError where a group is open, or a pass cannot be placed.
+    """
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        raise PlacementError(
+            "simulate wants a process without a process group, but one is open; run it "
+            "in a process of its own, before connect"
+        )
+    _torch_simulate.fake_group(rank, world)
+    env = Env(rank=rank, world=world, backend="fake")
+    try:
+        env = connect(env, axes=axes, device="cpu")
+        return _simulated(env, chained(env), model, optim, loss, args)
+    finally:
+        close(env)
+
+
+def _simulated(
+    env: Env,
+    tx: Transform,
+    model: Callable[[], nn.Module],
+    optim: Callable[[Any], Any],
+    loss: Loss,
+    args: tuple[Any, ...],
+) -> Simulated:
+    with _torch_simulate.numberless() as mode:
+        whole = model()
+        args = tuple(mode.from_tensor(one) for one in args)
+    count = sum(p.numel() for p in whole.parameters())
+    state = init(tx, whole, optim)
+    own = [_torch_simulate.own_of(p) for p in state.model.parameters()]
+    placed_on = gradients.env_of(state)
+    inner = gradients.unreduced(tx, loss, engine_of(state), placed_on)
+    kept, sent = Kept(own), Sent()
+    with kept.hooks, sent:
+        state, _ = inner(state, args, rows_in(args, placed_on.world))
+    grads = [p.grad for _, p in state.trained if p.grad is not None]
+    for optimizer in state.optimizers:
+        optimizer.step()
+    held = [t for o in state.optimizers for s in o.state.values() for t in s.values()]
+    return Simulated(
+        *(env.rank, env.world, count, size_of(own)),
+        gradients=size_of([_torch_simulate.own_of(grad) for grad in grads]),
+        optimizer=size_of(
+            [_torch_simulate.own_of(t) for t in held if isinstance(t, Tensor)]
+        ),
+        activations=kept.total or 0,
+        sent=dict(sent.bytes),
+    )

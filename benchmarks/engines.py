@@ -1,0 +1,206 @@
+"""A training step by each engine, against the same calls by hand, on CPU ranks.
+
+    python benchmarks/engines.py [--rounds 15] [--only fsdp2 ...] [--ranks 2 4]
+
+Four blocks (LayerNorm, width to four times width, back), mean square, AdamW. By hand,
+peers where they can do it, and accelx take turns in one launch; their losses after the
+first round must agree. accelerate 1.15.0 has FSDP2 on a GPU only, and here is told that
+there is one; Fabric 2.6.6 refuses its FSDP and DeepSpeed without a GPU, so its strategy
+for models of the user's own making stands for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from datetime import date
+
+import compare
+import engines_by_hand as hand
+import torch
+import torch.distributed as dist
+from engines_by_hand import Block, Work
+
+import accelx as ax
+from accelx import testing
+from accelx.rows import mark
+
+WORKS = {"small": Work(64, 32, 8), "large": Work(256, 256, 2)}
+LIMIT = 1e-4  # by which losses may part, relative
+
+
+def chain(env: ax.Env, case: str) -> ax.Transform:
+    if case.startswith("zero"):
+        return ax.chain(ax.shard_model(env, "deepspeed", stage=int(case[-1])))
+    if case == "tensor":
+        plan = {"*.up": "column", "*.down": "row"}
+        return ax.chain(ax.shard_model(env), ax.shard_tensors(env, plan))
+    if case == "pipeline":
+        size = 4 // env.world
+        split = [str(i) for i in range(size, 4, size)]
+        cut = ax.shard_stages(env, split, n=hand.MICROBATCHES)
+        return ax.chain(cut, ax.shard_model(env))
+    return ax.chain(ax.shard_model(env, case, blocks=Block))
+
+
+def loss(model, batch):
+    x, y = batch
+    return hand.mean_square(model(x), y)
+
+
+def accelx(env: ax.Env, case: str, work: Work) -> hand.Run:
+    tx = chain(env, case)
+    state = ax.init(tx, hand.net(work), hand.optimizer)
+    step = ax.step(tx, loss)
+    alike = case in ("tensor", "pipeline")  # all ranks have the same rows
+    x, y = hand.batch(work, 0, 1) if alike else hand.ours(work)
+    rows = mark([x, y], len(x), work.rows * env.world)
+
+    def run() -> torch.Tensor:
+        nonlocal state
+        for _ in range(work.steps):
+            state, out = step(state, rows)
+        return out.loss
+
+    return run
+
+
+PEERS = {
+    "fsdp2": {
+        "accelerate": hand.accelerate_fsdp2,
+        "fabric": hand.fabric(hand.fabric_fsdp2, 0),
+    },
+    "hsdp": {},
+    "tensor": {"fabric": hand.fabric(hand.fabric_tensor, 1, hand.by_kind)},
+    "pipeline": {},
+    "zero2": {"accelerate": hand.accelerate_zero(2)},
+    "zero3": {"accelerate": hand.accelerate_zero(3)},
+}
+BY_HAND = {
+    "fsdp2": hand.fsdp2,
+    "hsdp": hand.hsdp,
+    "tensor": hand.tensor,
+    "pipeline": hand.pipeline,
+    "zero2": hand.zero(2),
+    "zero3": hand.zero(3),
+}
+AXES = {"hsdp": "replicate=2,shard=2", "tensor": "tensor=-1", "pipeline": "stage=-1"}
+RANKS = {"hsdp": (4,)}  # of the others 2 and 4
+
+
+def told(env: ax.Env) -> None:
+    """What a launcher tells ranks, for those that ask the environment."""
+    os.environ |= {
+        "RANK": str(env.rank),
+        "WORLD_SIZE": str(env.world),
+        "LOCAL_RANK": str(env.rank),
+        "LOCAL_WORLD_SIZE": str(env.world),
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+        "TORCHELASTIC_RUN_ID": "none",
+        "DS_ACCELERATOR": "cpu",
+        "ACCELERATE_USE_CPU": "true",
+    }
+
+
+def agreed(value: torch.Tensor | None) -> float:
+    """The mean of a loss over the ranks that have one."""
+    known = value is not None
+    pair = torch.tensor([float(value) if known else 0.0, float(known)])
+    dist.all_reduce(pair)
+    return float(pair[0] / pair[1])
+
+
+def measured(env: ax.Env, case: str, work: Work, rounds: int):
+    """Seconds of each variant on this rank. Raises where they compute other losses."""
+    torch.set_num_threads(1)
+    told(env)
+    ours = accelx(env, case, work)  # first: DeepSpeed then has its group
+    runs = {"by hand": BY_HAND[case](work)}
+    runs |= {name: make(work) for name, make in PEERS[case].items()}
+    runs["accelx"] = ours
+    losses = {name: agreed(run()) for name, run in runs.items()}
+    first = losses["by hand"]
+    if any(abs(one - first) > LIMIT * first for one in losses.values()):
+        raise ValueError(f"{case} wants the same loss of each, got {losses}")
+    return compare.interleaved(runs, rounds, meet=dist.barrier), losses
+
+
+def figures(case: str, n: int, rounds: int) -> list[dict]:
+    """A row for each amount of work."""
+    found = []
+    for size, work in WORKS.items():
+        load = os.getloadavg()[0]
+        launch = testing.run(n, timeout=1800, axes=AXES.get(case))
+        times, losses = launch(measured)(case, work, rounds)[0]
+        row = {"case": case, "ranks": n, "work": size, "load": load}
+        row |= {"rounds": rounds, "steps": work.steps, "loss": losses["by hand"]}
+        row["times"] = compare.ratios(times)
+        print(json.dumps(row), flush=True)
+        found.append(row)
+    return found
+
+
+def shown(row: dict, name: str) -> str:
+    one = row["times"].get(name)
+    if one is None:
+        return ""
+    return f"{one['ratio']:.3f} ({one['low']:.3f} to {one['high']:.3f})"
+
+
+def write(rows: list[dict]) -> None:
+    head = f"{date.today()}, {platform.machine()}, Python {platform.python_version()}"
+    sizes = "; ".join(f"{k}: width {w.width}, {w.rows} rows a rank" for k, w in WORKS.items())
+    lines = [
+        "### A step by each engine, against the same calls by hand",
+        "",
+        f"{head}; ratio of times = median over interleaved rounds, with quartiles; goal "
+        f"at most 1.03. {sizes}. Load is that of the machine before the launch.",
+        "",
+        "| engine | ranks | work | by hand, ms a step | accelx | accelerate 1.15.0 "
+        "| Fabric 2.6.6 | rounds | load |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        each = row["times"]["by hand"]["seconds"] / row["steps"] * 1e3
+        told = (shown(row, name) for name in ("accelx", "accelerate", "fabric"))
+        lines.append(
+            f"| {row['case']} | {row['ranks']} | {row['work']} | {each:.1f} "
+            f"| {' | '.join(told)} | {row['rounds']} | {row['load']:.1f} |"
+        )
+    text = "\n".join(lines)
+    (compare.DOCS / "engines.md").write_text(f"{text}\n\n![Steps](engines.png)\n")
+    compare.plot(
+        "engines",
+        "A step by each engine over the same by hand",
+        {
+            f"{name} {r['case']}, {r['ranks']} ranks, {r['work']}": one
+            for r in rows
+            for name, one in r["times"].items()
+            if name != "by hand"
+        },
+    )
+    print(text)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", nargs="+", default=list(BY_HAND), choices=BY_HAND)
+    parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4])
+    chosen = parser.parse_args()
+    path = compare.HERE / "results" / "engines.json"
+    known = json.loads(path.read_text()) if path.exists() else []
+    for case in chosen.only:
+        for n in chosen.ranks:
+            if n not in RANKS.get(case, (2, 4)):
+                continue
+            new = figures(case, n, chosen.rounds)
+            known = [r for r in known if (r["case"], r["ranks"]) != (case, n)] + new
+            order = list(BY_HAND)
+            known.sort(key=lambda r: (order.index(r["case"]), r["ranks"]))
+            path.write_text(json.dumps(known, indent=1) + "\n")
+    write(known)
