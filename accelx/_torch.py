@@ -244,6 +244,28 @@ def local_of(tensor: Any) -> Tensor:
     return (local if plain else tensor.detach().to_local()).detach()
 
 
+class _Apart(torch.autograd.Function):
+    """Its tensor as it is; a gradient in memory of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[reportIncompatibleMethodOverride]
+        return grad.clone()
+
+
+def own_local(weight: Any, grad_placements: Any = None) -> Tensor:
+    """This rank's slice of a DTensor, with gradients that microbatches may add to.
+
+    After `to_local` alone torch (2.13) takes the DTensor around a gradient for nobody
+    else's, and adds the next one in place: into memory that is also the gradient of
+    what was added to this weight, or of a slice of it.
+    """
+    return _Apart.apply(weight.to_local(grad_placements=grad_placements))
+
+
 def local_box(
     shape: tuple[int, ...],
     mesh_shape: tuple[int, ...],

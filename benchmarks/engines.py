@@ -15,10 +15,12 @@ import argparse
 import json
 import os
 import platform
+import time
 from datetime import date
 
 import compare
 import engines_by_hand as hand
+import numpy as np
 import torch
 import torch.distributed as dist
 from engines_by_hand import Block, Work
@@ -126,7 +128,12 @@ def measured(env: ax.Env, case: str, work: Work, rounds: int):
     first = losses["by hand"]
     if any(abs(one - first) > LIMIT * first for one in losses.values()):
         raise ValueError(f"{case} wants the same loss of each, got {losses}")
-    return compare.interleaved(runs, rounds, meet=dist.barrier), losses
+    return compare.interleaved(runs, rounds, dist.barrier, clocks), losses
+
+
+def clocks() -> np.ndarray:
+    """Seconds that went by, and those of a CPU that this process used, `(2,)`."""
+    return np.array([time.perf_counter(), compare.cpu()])
 
 
 def figures(case: str, n: int, rounds: int) -> list[dict]:
@@ -138,7 +145,9 @@ def figures(case: str, n: int, rounds: int) -> list[dict]:
         times, losses = launch(measured)(case, work, rounds)[0]
         row = {"case": case, "ranks": n, "work": size, "load": load}
         row |= {"rounds": rounds, "steps": work.steps, "loss": losses["by hand"]}
-        row["times"] = compare.ratios(times)
+        for i, clock in enumerate(("times", "cpu")):
+            one = {name: [float(t[i]) for t in each] for name, each in times.items()}
+            row[clock] = compare.ratios(one)
         print(json.dumps(row), flush=True)
         found.append(row)
     return found

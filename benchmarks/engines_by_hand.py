@@ -226,8 +226,12 @@ def accelerate_zero(stage: int) -> Callable[[Work], Run]:
 
         os.environ["ACCELERATE_USE_CPU"] = "false"
         plugin = DeepSpeedPlugin(zero_stage=stage, gradient_clipping=0.0)
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = work.rows
-        plugin.deepspeed_config["zero_allow_untested_optimizer"] = True
+        plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": work.rows,
+            # on CPU ranks it takes itself for the only one
+            "train_batch_size": work.rows * dist.get_world_size(),
+            "zero_allow_untested_optimizer": True,
+        }
         accelerator = Accelerator(deepspeed_plugin=plugin)
         model = net(work)
         model, optim = accelerator.prepare(model, optimizer(model))

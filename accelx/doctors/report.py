@@ -49,7 +49,7 @@ def _machine(data: Data) -> Iterator[tuple[str, object]]:
     nodes = f", {cpu['nodes']} NUMA nodes" if cpu["nodes"] > 1 else ""
     yield "cpus", f"{cpu['usable']} on {cpu['cores']} cores{nodes}{quota}"
     bound = f"{cpu['usable']} of {cpu['present']} CPUs"
-    yield "bound to", "none" if cpu["usable"] == cpu["present"] else bound
+    yield "bound to", "all of them" if cpu["usable"] == cpu["present"] else bound
     yield "memory", f"{_size(memory['total'])}, {_size(memory['available'])} available"
     if memory["limit"] is not None:
         yield "container", f"{size(memory['limit'])}, {_size(memory['used'])} used"

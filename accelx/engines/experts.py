@@ -64,7 +64,8 @@ def _fits(name: str, module: nn.Module, ranks: int) -> None:
         shapes = ", ".join(f"{n} {tuple(p.shape)}" for n, p in own.items()) or "none"
         raise PlacementError(
             f"shard_experts wants weights of {name} with one expert a row and no "
-            f"module in it with weights, got {shapes}; stack the experts' weights along dim 0"
+            f"module in it with weights, got {shapes}; stack the experts' weights along "
+            "dim 0"
         )
     takes = [p for p in signature(module.forward).parameters.values() if _given(p)]
     if len(takes) < GIVEN:
@@ -177,7 +178,7 @@ def _local(module: nn.Module, here: Dealt) -> Generator[list[Tensor]]:
     held: dict[str, Any] = {}
     for name in here.names:  # seen before the parameter of that name
         weight: Any = nn.Module.__getattr__(module, name)
-        held[name] = weight.to_local()
+        held[name] = _torch.own_local(weight)
     own: list[Tensor] = list(held.values())
     count = vars(module).get("num_experts")
     if count == here.each * here.env.world:  # what modules of transformers count by

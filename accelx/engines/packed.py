@@ -110,15 +110,16 @@ def _row(kind: str, scales: Tensor, codes: Tensor) -> Tensor:
 def unpack(packed: Tensor, form: Form) -> Tensor:
     """The weight that `packed` stands for, (out, in) of the dtype of `form`."""
     count = 1 if form.kind == "int8" else math.ceil(form.columns / GROUP)
+    # narrow: shard_sequence takes a slice as long as its tokens for one of positions
+    scales, codes = packed.narrow(1, 0, 4 * count), packed[:, 4 * count :]
     # a copy: memory of one row, or in a buffer of several weights, need not be aligned
-    scales = packed[:, : 4 * count].clone(memory_format=torch.contiguous_format)
-    scales, codes = scales.view(torch.float32), packed[:, 4 * count :]
+    scales = scales.clone(memory_format=torch.contiguous_format).view(torch.float32)
     if form.kind == "int8":
-        return (codes[:, : form.columns].float() * scales).to(form.dtype)
-    codes = codes[:, : count * GROUP // 2].contiguous().view(torch.uint8).int()
+        return (codes.narrow(1, 0, form.columns).float() * scales).to(form.dtype)
+    codes = codes.narrow(1, 0, count * GROUP // 2).contiguous().view(torch.uint8).int()
     pairs = F.embedding(codes, _pairs(form.kind, packed.device))
     wide = pairs.view(-1, count, GROUP) * scales[..., None]
-    return wide.flatten(1)[:, : form.columns].to(form.dtype)
+    return wide.flatten(1).narrow(1, 0, form.columns).to(form.dtype)
 
 
 def _equal(most: Tensor, bits: int) -> Tensor:

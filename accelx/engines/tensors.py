@@ -121,7 +121,7 @@ def _keep_whole(name: str, module: nn.Module, mesh: Any, summed: bool) -> None:
     def before(m: nn.Module, args: Any) -> None:
         for n in whole:  # seen before the parameter of that name
             weight: Any = nn.Module.__getattr__(m, n)
-            vars(m)[n] = weight.to_local(grad_placements=grads)
+            vars(m)[n] = _torch.own_local(weight, grads)
 
     def behind(m: nn.Module, args: Any, out: Any) -> None:
         for n in whole:

@@ -93,8 +93,9 @@ _APART = Rules(
 
 def _device(thing: Any) -> str:
     """Where a model is that no pass moves; the CPU for one still to be made."""
-    weights = getattr(thing, "parameters", None)
-    first = None if weights is None else next(weights(), None)
+    from torch import nn
+
+    first = next(thing.parameters(), None) if isinstance(thing, nn.Module) else None
     return "cpu" if first is None else str(first.device)
 
 

@@ -157,6 +157,9 @@ def test_it_is_refused_before_a_model_is_made():
     for tx in (precise, ax.chain(precise, shard), ax.chain(shard, precise)):
         with pytest.raises(ax.PrecisionError, match='"cpu"; write with_precision'):
             ax.init(tx, lambda: made.append(1) or net())
+    for thing in (net(), nn.Identity):  # a module, and a class that makes one
+        with pytest.raises(ax.PrecisionError, match='"cpu"; write with_precision'):
+            ax.init(precise, thing)
     with pytest.raises(ax.PrecisionError, match='got "deepspeed"; write'):
         ax.init(ax.chain(precise, ax.shard_model(env, "deepspeed")), net)
     with pytest.raises(ax.OrderError, match="multiplies whole"):

@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:While redistributing:UserWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of:UserWarning"),
 ]
-WIDTH, HEADS, TOKENS, LENGTH, COUNT = 8, 4, 12, 8, 4
+WIDTH, HEADS, TOKENS, LENGTH, COUNT = 8, 4, 12, 12, 4
 ROWS = (6, 1, 4)
 PACKED = "layers.0.mlp.0"  # frozen, and packed, where a case has quantize
 DECAY = 0.6
@@ -292,7 +292,7 @@ def gaps(env, case, folder, loss=loss):
         back = made("shard_experts" in case, packed)()
         one = ax.chain(
             ax.quantize("int8", PACKED) if packed else ax.identity,
-            ax.load_state(ax.Env(), folder, only=("model",)),
+            ax.load_state(ax.Env(), folder, only="model.**"),
         )
         loaded = ax.init(one, back, None)
         found["saved"] = off(held(loaded.model), wanted[-1].weights)

@@ -415,6 +415,7 @@ def test_a_report_reads_well_in_each_of_its_forms():
     said = "\n".join(report.lines(report.report(data)))
     for words in (
         *("Linux, in a container", "8 on 4 cores, 2 NUMA nodes, quota 6.5"),
+        "bound to   8 of 16 CPUs",
         *("container  42.9 GB, 1.07 GB used", "cuda:0    H100, 85.9 GB"),
         *("launcher    torchrun", "because of  RANK=1, WORLD_SIZE=2"),
         *("rank        1 of 2", "on node     0 of 1, local rank 1 of 2"),

@@ -158,7 +158,7 @@ def test_a_file_is_toml(tmp_path, line, value):
             {},
             {"BIND": "all"},
             {},
-            "always or never, got 'all' in .*; write ACCELX_BIND=auto",
+            "numa or never, got 'all' in .*; write ACCELX_BIND=auto",
         ),
         (
             {},

@@ -1,6 +1,7 @@
 """The pins that the scripts install fit the ranges that the package declares."""
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -106,3 +107,14 @@ def test_a_script_is_executable_and_parses(script):
     """A script can be started by its name, and is valid shell."""
     assert (ROOT / script).stat().st_mode & 0o111
     subprocess.run(["bash", "-n", ROOT / script], check=True)
+
+
+def test_the_two_halves_of_the_suite_are_all_of_it():
+    """`scripts/test` without a word runs each folder of tests once."""
+    spec = importlib.util.spec_from_file_location("halves", ROOT / "scripts/_halves.py")
+    halves = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(halves)
+    parts = [*halves.FIRST, *halves.SECOND]
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    paths = tool["pytest"]["ini_options"]["testpaths"]
+    assert sorted(p for p in parts if p.startswith("tests/")) == sorted(paths)
