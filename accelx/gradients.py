@@ -12,6 +12,7 @@ from torch import Tensor
 
 from accelx import comm, tree
 from accelx.cut import Args, mean_of, rows_in
+from accelx.engines.methods import say_sliced
 from accelx.engines.placed import engine_of
 from accelx.env_device import kind_of
 from accelx.env_part import rows_env
@@ -283,6 +284,7 @@ def _whole(inner: Inner, engine: Engine, env: Env, sharded: bool) -> Grads:
             engine.settle(state, scale)
         except BaseException as error:  # leave no half of a gradient behind
             say_full(error, state, env)
+            say_sliced(error)
             for _, p in state.trained:
                 p.grad = None
             if "shard_model" in state.slots:

@@ -15,6 +15,7 @@ from accelx import gradients, tree
 from accelx.cut import rows_in
 from accelx.data.stream import Stream
 from accelx.engines.copies import furnished
+from accelx.engines.methods import say_sliced
 from accelx.engines.placed import engine_of, seal
 from accelx.env_part import rows_env
 from accelx.errors import DataError
@@ -281,6 +282,9 @@ def evaluating(state: State) -> Generator[Any]:
     try:
         with torch.no_grad():
             yield state.model
+    except RuntimeError as error:
+        say_sliced(error)
+        raise
     finally:
         for module, training in modes.items():
             module.training = training

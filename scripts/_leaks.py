@@ -47,5 +47,5 @@ def in_use() -> set[str]:
             paths += [line.split()[-1] for line in maps if "/" in line]
             for fd in (folder / "fd").iterdir():
                 with contextlib.suppress(OSError):  # closed meanwhile
-                    paths.append(os.readlink(fd))
+                    paths.append(str(fd.readlink()))
     return {Path(path).name for path in paths if path.startswith(f"{SHARED}/")}

@@ -82,3 +82,13 @@ def _wrap(module: nn.Module, leaf: str, around: Around) -> None:
         return around(method, args, kwargs)
 
     setattr(module, leaf, MethodType(wrapped, module))
+
+
+def say_sliced(error: BaseException) -> None:
+    """Add to torch's error of slices that met whole tensors what to write."""
+    if "mixed torch.Tensor and DTensor" in str(error):
+        error.add_note(
+            "a module was called outside of the model's forward, which gathers its "
+            "weights, and found slices; call the model itself, or name the method that "
+            'does: shard_model(env, "fsdp2", methods="generate")'
+        )

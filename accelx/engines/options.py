@@ -15,6 +15,7 @@ KINDS = ("ddp", "fsdp2", "hsdp", "deepspeed", "xla")
 SLICED = ("fsdp2", "hsdp")
 WHOLE = ("ddp", "deepspeed")  # a model that every rank makes in full
 WITH_OPTIMIZERS = ("deepspeed",)  # that place once more, when there are optimizers
+TOKENS = ("sequence", "expert")  # axes whose ranks have other tokens of one model
 MESH = ("replicate", "shard")  # axes of hsdp: copies outside, slices inside
 HOOKS = ("bf16", "fp16", "powersgd")
 
@@ -173,6 +174,14 @@ def laid_out(env: Env, kind: str) -> None:
     shown = ", ".join(f"{axis.name}={axis.size}" for axis in env.axes) or "none"
     if env.world == 1:
         return
+    with_tokens = [name for name in names if name in TOKENS]
+    if kind == "hsdp" and with_tokens:
+        raise PlacementError(
+            f"hsdp lies over the axes replicate and shard, and its gradients are not "
+            f"added up over {with_tokens[0]}, got ({shown}); write shard_model(env, "
+            '"fsdp2") with connect(axes="data=-1,'
+            f'{with_tokens[0]}=2")'
+        )
     if kind == "hsdp" and names != MESH:
         half = 2 if env.world % 2 == 0 else 1
         raise PlacementError(
@@ -180,7 +189,7 @@ def laid_out(env: Env, kind: str) -> None:
             f"called shard, but the axes of this Env of {env.world} ranks are ({shown})"
             f'; write env = ax.connect(axes="replicate={half},shard=-1"), or "fsdp2"'
         )
-    others = [name for name in names if name not in ("sequence", "expert")]
+    others = [name for name in names if name not in TOKENS]
     if kind == "fsdp2" and len(others) > 1:
         instead = '"hsdp"' if names == MESH else "ax.connect() without axes"
         raise PlacementError(

@@ -70,6 +70,10 @@ def rules(name: str, other: str) -> tuple[Rules, ...]:
         Rules(once=True, why="ranks agree in one rhythm"),
         Rules(excludes=(other,), why="both would average the weights; keep one"),
         Rules(
+            excludes=("shard_tensors", "shard_experts"),
+            why="ranks that train apart have a whole copy of the model each",
+        ),
+        Rules(
             excludes=("on_preempt",),
             why="it saves at any step, and between means each rank has other weights; "
             "save each `every` updates",

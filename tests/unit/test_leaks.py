@@ -15,13 +15,18 @@ from tests.unit.source import ROOT
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
-@pytest.fixture
-def leaks():
+def load():
     """The module that scripts/test asks."""
     spec = importlib.util.spec_from_file_location("leaks", ROOT / "scripts/_leaks.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def leaks():
+    """A new one each time."""
+    return load()
 
 
 def test_a_process_that_is_left_is_named(leaks):
