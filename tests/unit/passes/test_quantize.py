@@ -148,6 +148,14 @@ def test_what_is_trained_is_as_by_hand_over_the_same_weights(kind, half):
     assert gap(trained(state.model), by_hand(net(), half)) > 1e-6  # the control
 
 
+def test_compiled_code_computes_the_same():
+    """By a backend that traces forward and backward, and is quick."""
+    tx = ax.chain(ax.quantize("nf4"), ax.compile("0", backend="aot_eager"))
+    state = steps(tx)
+    assert gap(trained(state.model), by_hand(rounded("nf4"))) < 1e-6
+    assert state.slots["compile"].compilations > 0
+
+
 def test_names_classes_and_forks_stay():
     """L8, and L7: a fork goes the same way, and apart from the original."""
     before = {n: type(m) for n, m in net().named_modules()}
