@@ -1,4 +1,4 @@
-"""The step that benchmarks/engines.py times, by hand in torch and DeepSpeed, and by peers.
+"""The step of benchmarks/engines.py by hand, in torch and DeepSpeed, and by peers.
 
 Each function sets a model up and returns what makes some steps of it, and gives the
 last loss of this rank, or None where it has none.
@@ -18,8 +18,6 @@ from torch.distributed.device_mesh import init_device_mesh
 
 Run = Callable[[], Tensor | None]
 MICROBATCHES = 8  # of a pipeline
-TENSORS = {"up": "column", "down": "row"}
-ZERO = {"contiguous_gradients": True, "overlap_comm": False}
 
 
 class Work(NamedTuple):
@@ -114,10 +112,10 @@ def by_kind(model: nn.Module) -> torch.optim.Optimizer:
     """AdamW takes many weights at once, of one kind: DTensors, and what is whole."""
     from torch.distributed.tensor import DTensor
 
-    cut, kept = [], []
-    for p in model.parameters():
-        (cut if isinstance(p, DTensor) else kept).append(p)
-    return torch.optim.AdamW([{"params": cut}, {"params": kept}], lr=1e-4)
+    weights = list(model.parameters())
+    apart = [p for p in weights if isinstance(p, DTensor)]
+    whole = [p for p in weights if not isinstance(p, DTensor)]
+    return torch.optim.AdamW([{"params": apart}, {"params": whole}], lr=1e-4)
 
 
 def tensor(work: Work) -> Run:

@@ -89,25 +89,30 @@ def die(env, url, crash, seconds, log):
     time.sleep(60)  # the kill is late
 
 
-def crashed(folder: Path, crash: Crash, seconds: float) -> Left:
-    """Kill a run, look at what it left, and go on from there."""
+def killed(folder: Path, crash: Crash, seconds: float) -> tuple[str, int]:
+    """Kill a run: where it saved, and the last step that it knew to be over."""
     folder.mkdir(parents=True)
     url = str(folder / "run")
     log = os.open(folder / "log", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
     with pytest.raises(RankError, match="SIGKILL"):
         testing.run(crash.world)(die)(url, crash, seconds, log)
     os.close(log)
-    reported = int((folder / "log").read_text().split()[-1])
-    return look(url, reported, lambda: resumed(url, crash))
+    return url, int((folder / "log").read_text().split()[-1])
 
 
-def resumed(url, crash):
-    """The weights of a run that goes on, by rank 0."""
+def crashed(folder: Path, crash: Crash, seconds: float) -> Left:
+    """Kill a run, look at what it left, and go on from there."""
+    url, reported = killed(folder, crash, seconds)
+    return look(url, reported, lambda: resumed([url], crash.world, crash.wait)[0])
+
+
+def resumed(urls, world, wait):
+    """The weights of runs that go on, one after the other in the same ranks."""
 
     def rank(env):
-        return saving.weights(train(env, url, crash.wait))
+        return [saving.weights(train(env, url, wait)) for url in urls]
 
-    return testing.run(crash.world)(rank)()[0]
+    return testing.run(world)(rank)()[0]
 
 
 def look(url, reported, resume) -> Left:

@@ -120,11 +120,6 @@ def others(env: Env) -> Env:
 
 def agrees(plan: Plan) -> None:
     """Refuse what is not done together with experts on ranks of their own."""
-    if plan.tensors is not None:
-        raise PlacementError(
-            "shard_experts is not done together with shard_tensors: the tokens of "
-            "ranks that share layers would be sent twice; leave one of them out"
-        )
     if plan.kind not in ("ddp", "fsdp2"):
         raise PlacementError(
             f'shard_experts goes with "ddp" and "fsdp2", got {plan.kind!r}; write '

@@ -85,7 +85,8 @@ def convert(model: nn.Module, emulate: bool = False) -> Float8:
     done, ao = _chosen(model), _torchao()
     config = ao.Float8LinearConfig.from_recipe_name(RECIPE)
     config = dataclasses.replace(config, emulate=emulate)
-    made = ao.convert_to_float8_training(nn.Linear(STEP, STEP), config=config)
+    some = nn.Linear(STEP, STEP, device="meta")  # draws no random numbers
+    made = ao.convert_to_float8_training(some, config=config)
     around = functools.partial(_multiplying, made)
     wrap(model, lambda name, _: name in done.names, "with_precision", around)
     return done

@@ -105,17 +105,18 @@ def _made(
         weight = isinstance(like, nn.Parameter)
         return nn.Parameter(full, like.requires_grad) if weight else full
     if plan.tensors is not None or plan.experts is not None:
-        slices = _cut(full.clone(), like, plan)
+        full = full.clone()
+        copies.from_main(full, plan.env.device)
+        slices = cut(full, like)
     else:
         slices = distribute_tensor(full, like.device_mesh, like.placements)
     return nn.Parameter(slices.to(_home(plan, like)), like.requires_grad)
 
 
-def _cut(full: Tensor, like: Any, plan: Plan) -> Any:
-    """This rank's slice of rank 0's `full` over two meshes at once."""
+def cut(full: Tensor, like: Any) -> Any:
+    """This rank's slice of `full`, laid as `like`, over one mesh or two at once."""
     from torch.distributed.tensor import DTensor
 
-    copies.from_main(full, plan.env.device)
     box = box_at(like, like.device_mesh.get_coordinate())
     index = [slice(0, 0)] * full.dim() if box is None else map(slice, box.lo, box.hi)
     local = full[tuple(index)].reshape(_torch.local_of(like).shape).clone()
@@ -187,7 +188,7 @@ def _slice(
     common |= _offloading(plan)
     policy, reshard = _policy(plan.precision), plan.options.reshard_after_forward
 
-    def cut(module: Any, **own: Any) -> None:
+    def sliced(module: Any, **own: Any) -> None:
         options = common | policy(False) | own
         fully_shard(module, reshard_after_forward=reshard, **options)
 
@@ -196,10 +197,10 @@ def _slice(
     elif dealt:
         line = _mesh(attrs.evolve(plan, env=experts.others(plan.env)))
         for module in dealt:
-            cut(module, mesh=line)
+            sliced(module, mesh=line)
     blocks = _blocks(model, plan, kept)
     for block in reversed(blocks):  # innermost first
-        cut(block)
+        sliced(block)
     # backward starts at the root: what it holds is wanted again at once
     fully_shard(model, reshard_after_forward=False, **common | policy(True))
     return blocks

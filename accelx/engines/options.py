@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 
 from accelx.env_device import several
+from accelx.env_part import sums_env
 from accelx.errors import PlacementError
 from accelx.records import Env, code
 
@@ -84,6 +85,7 @@ def check(env: Env, kind: str, blocks: Any, options: Options) -> None:
     """
     one_of("shard_model(env, kind)", kind, KINDS)
     _device(env, kind)
+    env = sums_env(env)
     _values(options)
     for field in attrs.fields(Options):
         kinds = _OF.get(field.name, KINDS)

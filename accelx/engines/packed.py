@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import attrs
 import torch
@@ -66,9 +66,11 @@ class Packed:
             )
 
 
-@attrs.frozen
-class Form:
-    """How a weight of `columns` columns is packed, and what it is unpacked to."""
+class Form(NamedTuple):
+    """How a weight of `columns` columns is packed, and what it is unpacked to.
+
+    A tuple: torch.compile would break its graph where another class is made.
+    """
 
     kind: str
     columns: int
@@ -100,8 +102,9 @@ def pack(weight: Tensor, kind: str) -> Tensor:
 
 
 def _row(kind: str, scales: Tensor, codes: Tensor) -> Tensor:
-    """Both side by side. The length, modulo 4, tells the kind: what is saved in one
-    does not fit into another.
+    """Both side by side.
+
+    The length, modulo 4, tells the kind: what is saved in one fits into no other.
     """
     bytes_ = torch.cat((scales.view(torch.int8), codes), 1)
     return F.pad(bytes_, (0, (KINDS[kind] - bytes_.shape[1]) % 4))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from accelx import _torch_stages, tree
+from accelx import _torch, _torch_stages, tree
 from accelx.comm_wire import dist, group
 from accelx.engines.stage_homes import owner
 from accelx.engines.stage_route import Route, Through, led
@@ -104,10 +104,16 @@ def _output(stages: Stages, route: Route, output: Any) -> Any:
         elif not some:  # of another stage: a shape, of which numbers cannot be had
             leaves.append(None)
         else:
-            real = leaf.detach().contiguous() if mine else _empty(like, env.device)
+            real = _whole(leaf) if mine else _empty(like, env.device)
             dist().broadcast(real, group=ours, group_src=last)
             leaves.append(real)
     return tree.unflatten(route.output, leaves)
+
+
+def _whole(leaf: Any) -> Tensor:
+    """What the last stage computed; logits that its ranks share are joined."""
+    leaf = leaf.full_tensor() if _torch.is_dtensor(leaf) else leaf
+    return leaf.detach().contiguous()
 
 
 def _empty(like: Tensor, device: str) -> Tensor:

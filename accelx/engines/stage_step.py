@@ -13,7 +13,7 @@ from torch import Tensor
 from accelx import _torch, _torch_stages, comm, tree
 from accelx.comm_wire import dist, group
 from accelx.cut import Args, add, mean_of, rows_in
-from accelx.engines import placed, plain, whole
+from accelx.engines import placed, plain, tensors, whole
 from accelx.engines.placed import Placed
 from accelx.engines.stage_homes import owner
 from accelx.engines.stage_parts import legal, microbatches
@@ -252,6 +252,8 @@ def settled(inner: Engine) -> Callable[[Any, Tensor | float], None]:
         if inner.name in ("fsdp2", "hsdp"):
             _torch_stages.fsdp_reduce(state.model)
         stages = stages_of(state)
+        if stages.tensors:
+            tensors.as_weights(state)
         tie(stages, state)
         _all_used(stages, state, here)
         if inner.name == "ddp":
@@ -300,7 +302,8 @@ def _reduced(state: State, here: Placed) -> None:
     for (_, p), some in zip(state.trained, used.tolist(), strict=True):
         if some and p.grad is None:
             p.grad = torch.zeros_like(p)
-    whole.reduce(plain.gradients(state), here.env)
+    slices, rest = whole.parted(plain.gradients(state))  # those that stages share too
+    whole.reduce([*slices, *rest], here.env)
 
 
 def clipped(inner: Engine) -> Callable[[Any, float | None], Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from accelx import _torch, deferred, dtypes
 from accelx.comm_wire import dist
-from accelx.engines import copies, fsdp, placed, plain, stage_step
+from accelx.engines import copies, fsdp, placed, plain, stage_step, tensors
 from accelx.engines.placed import Placed, Plan
 from accelx.engines.stage_homes import (
     Homes,
@@ -25,6 +25,7 @@ from accelx.engines.stage_homes import (
 from accelx.engines.stage_pipe import HALVES, SINGLE
 from accelx.engines.stage_route import Sketch, Way, guide, ran, sketched
 from accelx.engines.stage_seen import seen
+from accelx.engines.tensor_words import POSITIONAL, words
 from accelx.env_part import along, parts
 from accelx.errors import PlacementError
 from accelx.records import Env
@@ -49,6 +50,7 @@ class Stages:
     way: Way
     ties: Mapping[str, Ranks]  # weights of several ranks along the axis, and of which
     groups: Mapping[Ranks, Any]
+    tensors: bool = False  # whether shard_tensors cuts what a stage has
     routes: dict[Any, Any] = attrs.field(factory=dict)
     seen: dict[Any, Any] = attrs.field(factory=dict)  # the same, of evaluation
 
@@ -97,6 +99,7 @@ def place(thing: nn.Module | Callable[[], nn.Module], spec: Any, plan: Plan) -> 
     stages = Stages(
         *(spec, env, plan.everyone, cut, model, sketch, way, ties),
         _groups(plan.everyone, env, ties),
+        plan.tensors is not None,
     )
     way.outside = seen(stages)
     return _engine(result, stages)
@@ -157,12 +160,28 @@ def _possible(spec: Any, plan: Plan) -> None:
             f'stages are placed as "ddp", "fsdp2" or "hsdp", got {plan.kind!r}; write '
             'shard_model(env, "fsdp2")'
         )
+    if plan.tensors is not None:
+        tensors.agrees(plan)
+        _whole_rows(plan.tensors.plan)
     if spec.schedule in HALVES and plan.kind != "ddp" and plan.env.world > 1:
         raise PlacementError(
             f"schedule={spec.schedule!r} computes gradients of weights apart from the "
             f"others, for which {plan.kind} would have gathered them no more; write "
             'shard_model(env, "ddp"), or schedule="interleaved"'
         )
+
+
+def _whole_rows(plan: Any) -> None:
+    """Refuse a plan by which ranks hand on a part of the positions each."""
+    styles = () if isinstance(plan, str) else plan
+    for glob, style in styles:
+        odd = [word for word in words(style) if word in POSITIONAL]
+        if odd:
+            raise PlacementError(
+                f"stages hand on all positions of a row, but the plan of shard_tensors "
+                f"says {odd[0]!r} of {glob}, which cuts them over ranks; write "
+                '"column" and "row" alone, or leave shard_stages out'
+            )
 
 
 def _ties(model: nn.Module, held: Mapping[Any, Any], env: Env) -> dict[str, Ranks]:
@@ -209,18 +228,28 @@ def _share_buffers(model: nn.Module, sketch: Sketch) -> None:
 def _within(model: nn.Module, plan: Plan) -> Placed:
     """This rank's part placed over the ranks that have the same part; memory for it."""
     if plan.env.world > 1 and plan.kind != "ddp":
-        result = fsdp.sharded(model, plan)
+        axes = [axis.name for axis in plan.everyone.axes if axis.name != "stage"]
+        near = along(plan.everyone, *axes)
+        result = fsdp.sharded(model, attrs.evolve(plan, everyone=near))
         away = bool(plan.options.offload)
         device = plan.env.device
         copies.furnish(model, lambda t: "cpu" if away and _is_slice(t) else device)
         drifting = placed.statistics(model) if result.drifting else ()
         return attrs.evolve(result, drifting=drifting)
+    inside = plan.tensors is not None
+    if inside:
+        tensors.split(model, plan)
     copies.furnish(model, plan.env.device)
     model.to(plan.env.device)
-    copied = attrs.evolve(plain.ENGINE, name="ddp")
-    engine = copied if plan.env.world > 1 else placed.ALONE
-    drifting = placed.drifting(model, plan.env)
-    return Placed(engine, plan.env, model, drifting=drifting, unused=plan.unused)
+    engine = tensors.ENGINE if inside else placed.ALONE
+    if plan.env.world > 1:
+        engine = attrs.evolve(tensors.ENGINE if inside else plain.ENGINE, name="ddp")
+    return Placed(
+        *(engine, plan.env, model),
+        handle=tensors.counted(model, plan) if inside else None,
+        drifting=placed.drifting(model, plan.env),
+        unused=plan.unused,
+    )
 
 
 def _is_slice(tensor: Tensor) -> bool:
@@ -253,14 +282,9 @@ def _fill(
 
 def _write(like: Any, full: Tensor) -> None:
     """Write `full`, or this rank's slice of it, into a weight or buffer."""
-    from torch.distributed.tensor import distribute_tensor
-
     with torch.no_grad():
         if _torch.is_dtensor(like):
-            full = _torch.local_of(
-                distribute_tensor(full, like.device_mesh, like.placements)
-            )
-            like = _torch.local_of(like)
+            full, like = map(_torch.local_of, (fsdp.cut(full, like), like))
         like.copy_(full)
 
 

@@ -8,10 +8,13 @@ from typing import Any
 
 from accelx.errors import PlacementError
 
-STYLES = (
-    *("column", "row", "embedding", "column_gather", "loss", "partial"),
+POSITIONAL = (  # under which ranks hold a part of the positions each
     *("sequence", "row_scatter", "embedding_scatter"),
     *("scatter", "gather", "sequence_gather"),
+)
+STYLES = (
+    *("column", "row", "embedding", "column_gather", "loss", "partial"),
+    *POSITIONAL,
 )
 TRANSFORMERS = {  # what its configs call them; None: whole on each rank, as by default
     "colwise": "column",

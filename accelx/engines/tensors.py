@@ -20,6 +20,7 @@ from accelx.engines.tensor_styles import hook, parallel_style
 from accelx.engines.tensor_words import cuts_logits, words
 from accelx.errors import PlacementError
 from accelx.records import Env
+from accelx.saves.spread import Absent
 
 if TYPE_CHECKING:
     from accelx.engines.placed import Plan
@@ -45,7 +46,8 @@ def split(model: nn.Module, plan: Plan) -> None:
     tied = _ties(model)
     modules = dict(model.named_modules())
     trains = {name: p.requires_grad for name, p in model.named_parameters()}
-    for name, word in ((n, w) for n, style in found.items() for w in words(style)):
+    here = {n: style for n, style in found.items() if not _elsewhere(modules[n])}
+    for name, word in ((n, w) for n, style in here.items() for w in words(style)):
         made = parallel_style(word)
         if made is not None:
             parallelize_module(modules[name], mesh, made, src_data_rank=None)
@@ -57,6 +59,12 @@ def split(model: nn.Module, plan: Plan) -> None:
     for name, p in model.named_parameters():
         p.requires_grad_(trains[name])  # SequenceParallel forgets it
     object.__setattr__(model, CUT, cuts_logits(found.values()))
+
+
+def _elsewhere(module: nn.Module) -> bool:
+    """Whether the weights of `module` are in another stage."""
+    held = (vars(m).values() for m in module.modules())
+    return any(isinstance(one, Absent) for values in held for one in values)
 
 
 def agrees(plan: Plan) -> None:
@@ -257,7 +265,12 @@ ENGINE = attrs.evolve(plain.ENGINE, name="tensor", settle=settle, clip=clip)
 
 def alone(model: nn.Module, plan: Plan, fork: Callable[[State], State]) -> Any:
     """The Placed of a split model where no other axis divides it."""
-    counted = Counted.of(model, plan.tensors.over, plan.tensors.over)
+    handle = counted(model, plan)
     return placed.Placed(
-        *(ENGINE, plan.env, model), handle=counted, unused=plan.unused, fork=fork
+        *(ENGINE, plan.env, model), handle=handle, unused=plan.unused, fork=fork
     )
+
+
+def counted(model: nn.Module, plan: Plan) -> Counted:
+    """How a split model lies where no other axis divides it."""
+    return Counted.of(model, plan.tensors.over, plan.tensors.over)

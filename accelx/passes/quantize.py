@@ -50,7 +50,7 @@ def quantize(
     A packed weight is an int8 Parameter under its old name; object and class stay (L8).
     Under fsdp2 and hsdp it is cut along rows. Every rank makes the model whole, in host
     memory, and packs it, before rank 0's goes to all. Alone, `quantize("nf4")(model)`
-    does so for a loop of your own. Not neutral: weights are rounded; but what is trained
+    does so for a loop of your own. Not neutral, as weights are rounded; what is trained
     over them is the run of one process over the same (L4). Raises ValueError,
     PlacementError. Dettmers et al. 2023 (arXiv:2305.14314).
     """
@@ -178,7 +178,9 @@ def _why_not(module: Any, shared: set[int]) -> str | None:
     return None if weight.is_floating_point() else f"is {weight.dtype} already"
 
 
-def _refusal(spec: Quantize, left: Mapping[str, str | None], owner: str) -> PlacementError:
+def _refusal(
+    spec: Quantize, left: Mapping[str, str | None], owner: str
+) -> PlacementError:
     shown = [f"{name}.weight {why}" for name, why in left.items()]
     came = "; ".join(shown[:5]) + (f" and {len(shown) - 5} more" if shown[5:] else "")
     return PlacementError(

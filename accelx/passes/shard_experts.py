@@ -11,7 +11,9 @@ from accelx.errors import PlacementError
 from accelx.match import Selector
 from accelx.records import Env, Pass, Rules, Transform, check_env, code
 
-__all__ = ["ShardExperts", "shard_experts"]
+__all__ = ["TWICE", "ShardExperts", "shard_experts"]
+
+TWICE = "the tokens of ranks that share layers would be sent twice"
 
 
 @attrs.frozen(repr=False)
@@ -79,6 +81,9 @@ def _pass(spec: ShardExperts) -> Pass:
         spec,
         place=place,
         start=start,
-        rules=Rules(once=True, why="an expert is on one rank of the axis"),
+        rules=(
+            Rules(once=True, why="an expert is on one rank of the axis"),
+            Rules(excludes=("shard_tensors",), why=TWICE),
+        ),
         neutral=True,
     )

@@ -137,7 +137,7 @@ def shard_model(
         *(prefetch, methods, hook, static_graph, bucket_mb, stage, config),
     )
     settings.one_of("shard_model(unused=...)", unused, ("error", "allow"))
-    settings.check(sums_env(env), kind, spec.blocks, spec.options)
+    settings.check(env, kind, spec.blocks, spec.options)
     return Transform((_pass(spec),))
 
 

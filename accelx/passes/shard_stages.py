@@ -12,7 +12,7 @@ from accelx.errors import PlacementError
 from accelx.passes.accumulate import accumulate
 from accelx.records import Env, Pass, Rules, Transform, check_env, code
 
-APART = ("shard_tensors", "shard_sequence", "shard_experts")
+APART = ("shard_sequence", "shard_experts")
 
 
 def _kept(split: Any) -> Any:

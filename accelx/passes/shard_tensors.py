@@ -10,6 +10,7 @@ import attrs
 from accelx.engines.tensor_words import STYLES, check_style, cuts_logits
 from accelx.env_part import along
 from accelx.errors import PlacementError
+from accelx.passes.shard_experts import TWICE
 from accelx.records import Env, Pass, Rules, Transform, check_env, code
 
 __all__ = ["STYLES", "ShardTensors", "shard_tensors"]
@@ -70,6 +71,11 @@ def shard_tensors(env: Env, plan: str | Mapping[str, Any] = "auto") -> Transform
 
 def _last(spec: ShardTensors) -> None:
     size = spec.over.world  # an axis of that name must be there
+    if size > 1 and any(a.name == "expert" and a.size > 1 for a in spec.env.axes):
+        raise PlacementError(
+            f"shard_tensors wants no axis expert beside the axis tensor: {TWICE}; "
+            f'write connect(axes="data=-1,tensor={size}"), or leave shard_tensors out'
+        )
     if spec.env.axes[-1].name != "tensor":
         names = [axis.name for axis in spec.env.axes if axis.name != "tensor"]
         shown = ", ".join(axis.name for axis in spec.env.axes)

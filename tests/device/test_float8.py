@@ -51,21 +51,20 @@ def test_fp8_trains_near_bf16_or_is_refused(env):
 def test_packed_weights_on_the_gpu_are_those_of_the_cpu(env, kind):
     """Packed in host memory, unpacked on the device: the same floats, the same loss."""
 
-    def model():
+    def frozen():
         made = network()
         made[0].requires_grad_(False)
+        made[4].requires_grad_(False)
         return made
 
     def loss_on(place):
         tx = ax.chain(ax.quantize(kind), ax.shard_model(place))
-        make = lambda m: torch.optim.SGD(m[2].parameters(), 0.1)  # noqa: E731
-        for_head = ax.init(tx, lambda: nn.Sequential(*frozen(model())), make)
+        optim = lambda m: torch.optim.SGD(m[2].parameters(), 0.1)  # noqa: E731
         step = ax.step(tx, lambda m, x: m(x).square().mean())
-        return float(step(for_head, X.to(place.device))[1].loss)
-
-    def frozen(made):
-        made[4].requires_grad_(False)
-        return made
+        _, out = step(ax.init(tx, frozen, optim), X.to(place.device))
+        return float(out.loss)
 
     there, here = loss_on(env), loss_on(ax.Env())
     assert abs(there - here) < 1e-4 * here
+    other = ax.quantize("int8" if kind != "int8" else "int4")(frozen())
+    assert abs(other(X).square().mean().item() - here) > 1e-4 * here  # the control

@@ -58,7 +58,7 @@ def commands(text):
     ]
 
 
-# Runs each program that it is told of in a fork, as `python FILE` would: importing torch
+# Runs each program it is told of in a fork, as `python FILE` would: importing torch
 # and accelx costs more than most pages do. It answers with the exit code.
 RUNNER = """
 import json, os, runpy, sys

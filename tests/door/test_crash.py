@@ -15,19 +15,26 @@ KILLS = {1: 8, 2: 4}  # with each way to save; benchmarks/crash.py does more
 
 @pytest.fixture(scope="module")
 def left(tmp_path_factory):
-    """(world, wait) -> what each killed run left, and what it had lost."""
+    """(world, wait) -> what each killed run left, and what it had lost.
+
+    All go on in the same ranks: new ones for each would cost more than the runs.
+    """
+    quiet = cache(crashing.whole_run)
 
     @cache
     def ended(world, wait):
         folder = tmp_path_factory.mktemp("killed")
-        weights = crashing.whole_run(world)
         seconds = crashing.duration(str(folder / "timed"), world, wait)
-        found = []
-        for crash in crashing.crashes(world * 2 + wait, KILLS[world], world, wait):
-            place = folder / str(len(found))
-            one = crashing.crashed(place, crash, seconds)
-            found.append((one, crashing.faults(one, crash, weights)))
-        return found
+        crashes = [*crashing.crashes(world * 2 + wait, KILLS[world], world, wait)]
+        kills = [
+            crashing.killed(folder / str(number), crash, seconds)
+            for number, crash in enumerate(crashes)
+        ]
+        found = [crashing.look(*kill, dict) for kill in kills]
+        weights = crashing.resumed([url for url, _ in kills], world, wait)
+        found = map(lambda one, w: attrs.evolve(one, weights=w), found, weights)
+        pairs = zip(found, crashes, strict=True)
+        return [(one, crashing.faults(one, c, quiet(world))) for one, c in pairs]
 
     return ended
 

@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -22,21 +21,32 @@ LIGHT = (
 )
 GPT = "gpt.py --steps 2 --batch 6 --every 9 --sample 4"
 TRANSFORMERS = "finetune_transformers.py --steps 6"
+APART = {  # what to change so that ranks have labels or a model of their own
+    "pure_step.py": ("tensor(labels)", "tensor(labels).roll(env.rank)"),
+    "four_lines.py": ("ax.shard_model(env)(model)", "model"),
+}
 
 
-def printed(ranks, *commands):
-    """What each program prints on so many ranks, by its file's name."""
-    words = ("-n", ranks, "several.py", *commands)
-    done = launch(*words, timeout=150, OMP_NUM_THREADS="1")
+def printed(ranks, commands):
+    """What each program prints on so many ranks, by its key; what all complain of."""
+    words = ("-n", ranks, "several.py", *commands.values())
+    done = launch(*words, timeout=170, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
-    parts = re.split(r"^== (.+)\n", done.stdout, flags=re.MULTILINE)
-    return {
-        Path(p).name: text for p, text in zip(parts[1::2], parts[2::2], strict=True)
-    }
+    texts = re.split(r"^== .+\n", done.stdout, flags=re.MULTILINE)[1:]
+    return dict(zip(commands, texts, strict=True)), done.stderr
 
 
 def examples(*commands):
-    return [f"{EXAMPLES}/{command}" for command in commands]
+    """file -> how it is started."""
+    return {command.split()[0]: f"{EXAMPLES}/{command}" for command in commands}
+
+
+def edited(folder, name, edit):
+    """A copy of an example with another text in it: its file."""
+    source = (EXAMPLES / name).read_text()
+    assert edit[0] in source
+    (folder / name).write_text(source.replace(*edit))
+    return str(folder / name)
 
 
 def numbers(text):
@@ -54,56 +64,77 @@ def same(text, judge):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def plain(tmp_path_factory):
+    """The four lines' example without them."""
+    lines = (EXAMPLES / "four_lines.py").read_text().splitlines()
+    path = tmp_path_factory.mktemp("plain") / "plain.py"
+    path.write_text("\n".join(line for line in lines if not line.endswith("# accelx")))
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, plain):
     """Everything in one process: the judge."""
     out = tmp_path_factory.mktemp("gpt")
-    return printed(1, *examples(*LIGHT, f"{GPT} --out {out}", TRANSFORMERS))
+    commands = examples(*LIGHT, f"{GPT} --out {out}", TRANSFORMERS)
+    return printed(1, commands | {"plain": str(plain)})[0]
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def together(request):
-    """The light examples on several ranks."""
-    return printed(request.param, *examples(*LIGHT))
+@pytest.fixture(scope="module")
+def gpt(tmp_path_factory):
+    """Where the main job draws, and how it is started so that it can go on."""
+    out = tmp_path_factory.mktemp("sharded")
+    return out, f"{EXAMPLES}/{GPT} --kind fsdp2 --out {out}/later --save {out}/saved"
 
 
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, gpt):
+    """Everything on two ranks, sharded where it can be, and what is to differ."""
+    commands = examples(
+        *LIGHT,
+        f"{TRANSFORMERS} --kind fsdp2 --accumulate 3",
+        f"{GPT} --kind fsdp2 --accumulate 2 --out {gpt[0]}",
+    )
+    folder = tmp_path_factory.mktemp("apart")
+    apart = {f"apart {n}": edited(folder, n, edit) for n, edit in APART.items()}
+    return printed(2, commands | {"left": f"{gpt[1]} --until 1"} | apart)
+
+
+@pytest.fixture(scope="module")
+def three(gpt, two):
+    """The light examples on three ranks, and what two of them have left."""
+    return printed(3, examples(*LIGHT) | {"going on": gpt[1]})
+
+
+@pytest.mark.parametrize("ranks", ["two", "three"])
 @pytest.mark.parametrize("name", [command.split()[0] for command in LIGHT])
-def test_an_example_prints_the_same_on_any_ranks(name, together, alone):
+def test_an_example_prints_the_same_on_any_ranks(name, ranks, alone, request):
     """The results of several ranks are those of one process."""
-    text = together[name]
+    text = request.getfixturevalue(ranks)[0][name]
     assert same(text, alone[name]), f"{text}\none process:\n{alone[name]}"
 
 
-def test_a_transformer_trains_the_same_sharded(alone):
+def test_a_transformer_trains_the_same_sharded(alone, two):
     """fsdp2 on two ranks and ragged microbatches give the numbers of one process."""
-    more = "--kind fsdp2 --accumulate 3"
-    text = printed(2, *examples(f"{TRANSFORMERS} {more}"))["finetune_transformers.py"]
-    judge = alone["finetune_transformers.py"]
+    text, judge = (one["finetune_transformers.py"] for one in (two[0], alone))
     assert same(text, judge), f"{text}\none process:\n{judge}"
 
 
-def test_the_main_job_draws_writes_and_agrees(alone, tmp_path):
+def test_the_main_job_draws_writes_and_agrees(alone, two, gpt):
     """gpt.py, sharded on two ranks: a bar, a PNG and one process's losses."""
-    words = f"{GPT} --kind fsdp2 --accumulate 2 --out {tmp_path}".split()
-    done = launch(
-        "-n", 2, EXAMPLES / words[0], *words[1:], timeout=120, OMP_NUM_THREADS="1"
-    )
-    assert done.returncode == 0, done.stderr
-    assert same(done.stdout, alone["gpt.py"]), done.stdout
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert done.stdout.count("The model writes") == 1
-    assert done.stderr.count("  0%|") == 1, "one bar, on one rank"
+    text, errors = two[0]["gpt.py"], two[1]
+    assert same(text, alone["gpt.py"]), text
+    assert (gpt[0] / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert text.count("The model writes") == 1
+    assert errors.count("  0%|") == 2, "one bar each time, on one rank"
 
 
-def test_the_main_job_goes_on_from_what_it_saved(alone, tmp_path):
+def test_the_main_job_goes_on_from_what_it_saved(alone, two, three):
     """Left after a step on two ranks and gone on on three: one process's losses."""
-    words = f"{GPT} --kind fsdp2 --out {tmp_path} --save {tmp_path}/saved".split()
-    runs = (2, ["--until", 1], "left at step 1"), (3, [], "going on at step 1")
-    for ranks, more, said in runs:
-        file, *rest = [EXAMPLES / words[0], *words[1:], *more]
-        done = launch("-n", ranks, file, *rest, timeout=120, OMP_NUM_THREADS="1")
-        assert done.returncode == 0, done.stderr
-        assert said in done.stdout
-    assert same(done.stdout, alone["gpt.py"]), done.stdout
+    text = three[0]["going on"]
+    assert "left at step 1" in two[0]["left"]
+    assert "going on at step 1" in text
+    assert same(text, alone["gpt.py"]), text
 
 
 def test_a_disturbed_run_on_s3_ends_like_an_undisturbed_one(tmp_path):
@@ -130,34 +161,19 @@ def test_each_example_is_run_here():
     assert run == {path.name for path in EXAMPLES.glob("*.py")}
 
 
-def test_four_lines_are_all(alone, tmp_path):
+def test_four_lines_are_all(alone, plain):
     """Without its four marked lines the example is plain torch, and prints the same."""
     lines = (EXAMPLES / "four_lines.py").read_text().splitlines()
-    marked = [line for line in lines if line.endswith("# accelx")]
-    assert len(marked) == 4
-    plain = tmp_path / "plain.py"
-    plain.write_text("\n".join(line for line in lines if line not in marked))
-    assert "ax." not in plain.read_text()
-    done = subprocess.run(
-        [sys.executable, plain], capture_output=True, text=True, env=environment()
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == alone["four_lines.py"]
+    left = plain.read_text()
+    assert len(lines) - len(left.splitlines()) == 4
+    assert "ax." not in left
+    assert alone["plain"] == alone["four_lines.py"]
 
 
-def test_ranks_that_train_apart_print_something_else(alone, tmp_path):
+@pytest.mark.parametrize("name", APART)
+def test_ranks_that_train_apart_print_something_else(alone, two, name):
     """The control: ranks with labels or a model of their own are told apart.
 
     An order of their own they cannot have: feed compares it.
     """
-    edits = {
-        "pure_step.py": ("tensor(labels)", "tensor(labels).roll(env.rank)"),
-        "four_lines.py": ("ax.shard_model(env)(model)", "model"),
-    }
-    for name, edit in edits.items():
-        source = (EXAMPLES / name).read_text()
-        assert edit[0] in source
-        (tmp_path / name).write_text(source.replace(*edit))
-    broken = printed(2, *(str(tmp_path / name) for name in edits))
-    for name in edits:
-        assert not same(broken[name], alone[name]), name
+    assert not same(two[0][f"apart {name}"], alone[name])

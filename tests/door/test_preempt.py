@@ -7,23 +7,10 @@ import time
 import pytest
 
 import accelx as ax
-from tests.door.spawning import begun, launch
+from tests.door.spawning import begun, forked
 
 pytestmark = pytest.mark.door
 SAVED, STOP = 75, 8
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """Every loss of a run that nobody disturbs."""
-    folder = tmp_path_factory.mktemp("whole")
-    out = folder / "out.json"
-    words = ("preempted.py", folder / "run", "none", out)
-    done = launch("-n", 2, *words, OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
-    step, losses = json.loads(out.read_text())
-    assert step == STOP
-    return losses
 
 
 def sent(number, phase, folder, one=False):
@@ -36,36 +23,61 @@ def sent(number, phase, folder, one=False):
         return code, time.monotonic() - began, process.stderr.read()
 
 
-@pytest.mark.parametrize(
-    ("number", "phase"),
-    [
-        (signal.SIGTERM, "train"),
-        (signal.SIGUSR1, "train"),
-        (signal.SIGTERM, "evaluate"),
-        (signal.SIGTERM, "save"),
-    ],
-)
-def test_a_signal_saves_and_the_next_run_goes_on(number, phase, tmp_path, undisturbed):
+SENT = {
+    "train": signal.SIGTERM,
+    "train, USR1": signal.SIGUSR1,
+    "evaluate": signal.SIGTERM,
+    "save": signal.SIGTERM,
+}
+
+
+@pytest.fixture(scope="module")
+def left(tmp_path_factory):
+    """case -> folder, exit code, seconds and stderr of a run that a signal ended."""
+    folders = {case: tmp_path_factory.mktemp("left") for case in SENT}
+    return {
+        case: (folders[case], *sent(number, case.split(",")[0], folders[case]))
+        for case, number in SENT.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def rest(tmp_path_factory, left):
+    """case -> last step, losses from where it was left on; "" is a run of its own.
+
+    One launch for all of them.
+    """
+    folders = {"": tmp_path_factory.mktemp("whole")}
+    folders |= {case: folder for case, (folder, *_) in left.items()}
+    words = [f"preempted.py {f}/run none {f}/again.json" for f in folders.values()]
+    newest = {case: ax.latest(folder / "run") for case, folder in folders.items()}
+    done = forked("-n", 2, "several.py", *words, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    return {
+        case: (newest[case], *json.loads((folder / "again.json").read_text()))
+        for case, folder in folders.items()
+    }
+
+
+@pytest.mark.parametrize("case", SENT)
+def test_a_signal_saves_and_the_next_run_goes_on(case, left, rest):
     """Exit code 75 within seconds; what follows has the losses of the undisturbed."""
-    code, seconds, said = sent(number, phase, tmp_path)
+    folder, code, seconds, said = left[case]
     assert code == SAVED, said
     assert seconds < 10
-    assert f"accelx: {number.name}: step" in said
+    assert f"accelx: {SENT[case].name}: step" in said
     assert said.count("run it again to go on") >= 1
-    step, losses = json.loads((tmp_path / "first.json").read_text())
-    newest = ax.latest(tmp_path / "run")
+    nothing, stop, undisturbed = rest[""]
+    assert (nothing, stop) == (None, STOP)
+    step, losses = json.loads((folder / "first.json").read_text())
+    newest, last, losses_after = rest[case]
     assert newest is not None
     # the step that the signal ended in is saved, and never returned to be noted
     assert newest.step in (step, step + 1)
     assert newest.step < STOP
     assert losses == undisturbed[:step]
-    again = tmp_path / "again.json"
-    words = ("preempted.py", tmp_path / "run", "none", again)
-    done = launch("-n", 2, *words, OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
-    last, rest = json.loads(again.read_text())
     assert last == STOP
-    assert rest == undisturbed[newest.step :], "to the bit, on the same ranks"
+    assert losses_after == undisturbed[newest.step :], "to the bit, on the same ranks"
 
 
 def test_a_run_that_reaches_no_boundary_says_where_it_is(tmp_path):

@@ -2,8 +2,11 @@
 
 import importlib
 import os
+import re
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,11 +17,19 @@ from tests.door.spawning import SCRIPTS, program
 pytestmark = pytest.mark.door
 
 
-def call(case):
-    """What calls.py says of one case; nothing may be left in the temporary folder."""
-    done = program(SCRIPTS / "calls.py", case)
-    assert done.stderr == ""
-    return done.stdout
+QUICK = ("good", "bad", "local", "lock", "unsendable", "none")
+
+
+@pytest.fixture(scope="module")
+def said():
+    """What calls.py says of each case; meanwhile another waits for its time limit."""
+    with ThreadPoolExecutor(2) as pool:
+        run = partial(program, SCRIPTS / "calls.py", timeout=150)
+        done = list(pool.map(lambda cases: run(*cases), [("slow",), QUICK]))
+    assert [one.stderr for one in done] == ["", ""]
+    text = "".join(one.stdout for one in done)
+    parts = re.split(r"^== (.+)\n", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 def place(word):
@@ -26,42 +37,40 @@ def place(word):
     return word, os.environ["RANK"], os.environ["WORLD_SIZE"]
 
 
-def test_results_come_back_in_the_order_of_ranks():
+def test_results_come_back_in_the_order_of_ranks(said):
     """Tensors and objects of the program's own types, through a collective."""
-    assert call("good") == "[(1.5, True, 0), (1.5, True, 1)]\n"
+    assert said["good"] == "[(1.5, True, 0), (1.5, True, 1)]\n"
 
 
-def test_the_failing_ranks_traceback_comes_back():
+def test_the_failing_ranks_traceback_comes_back(said):
     """The exception itself; in its cause which rank and line; nothing on the screen."""
-    said = call("bad")
-    assert said.startswith("LookupError: nothing under that name, from SpawnError(")
-    assert "rank 1 failed: LookupError: nothing under that name" in said
-    assert 'calls.py", line' in said
+    text = said["bad"]
+    assert text.startswith("LookupError: nothing under that name, from SpawnError(")
+    assert "rank 1 failed: LookupError: nothing under that name" in text
+    assert 'calls.py", line' in text
 
 
-def test_a_function_that_is_in_no_module_travels_whole():
+def test_a_function_that_is_in_no_module_travels_whole(said):
     """A closure of a script, and what it gives, of the script's own type."""
-    assert call("local") == "[(True, 6, True)]\n"
+    assert said["local"] == "[(True, 6, True)]\n"
 
 
-def test_a_time_limit_names_who_was_late():
+def test_a_time_limit_names_who_was_late(said):
     """The rank that had returned is not named."""
-    assert "within 8 s, but rank 1 had not" in call("slow")
+    assert "within 8 s, but rank 1 had not" in said["slow"]
 
 
 @pytest.mark.parametrize(
-    ("case", "said"),
+    ("case", "words"),
     [
         ("lock", "local cannot be sent.*make locks, files and connections within it"),
         ("unsendable", "a lock cannot be sent.*return plain data"),
         ("none", "1 or more, got 0; write n=2"),
     ],
 )
-def test_what_cannot_be_sent_is_told_the_remedy(case, said):
+def test_what_cannot_be_sent_is_told_the_remedy(case, words, said):
     """Arguments and results that no pickle takes, no ranks."""
-    import re
-
-    assert re.search(f"SpawnError.*{said}", call(case))
+    assert re.search(f"SpawnError.*{words}", said[case])
 
 
 def test_a_program_without_a_guard_is_told_so():

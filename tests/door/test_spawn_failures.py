@@ -5,50 +5,15 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 
 import attrs
 import pytest
 
-from tests.door.spawning import SCRIPTS, begun, environment, launch
+from tests.door.spawning import SCRIPTS, begun, forked, together
 
 pytestmark = pytest.mark.door
 HOST = socket.gethostname()
 
-# Runs many launchers side by side, torch imported once for all of them; each writes to
-# out.txt and err.txt of its folder. `step` is by how much the kernel's count of what it
-# ended for want of memory rises at each asking.
-MANY = """
-import itertools, json, os, signal, sys, traceback
-import torch.distributed
-from accelx.launch import door, kernel
-from accelx.launch.tether import die_with
-
-def launch(folder, words, step):
-    for number, name in ((1, "out.txt"), (2, "err.txt")):
-        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), number)
-    counts = itertools.count(3, step)
-    kernel.oom_kills = lambda: next(counts)
-    return door.main(words)
-
-parent, pids = os.getpid(), {}
-for folder, words, step in json.load(sys.stdin):
-    pids[folder] = os.fork()
-    if not pids[folder]:
-        code = 99
-        try:
-            if os.getppid() == parent:
-                die_with(parent, signal.SIGTERM)
-            code = launch(folder, words, step)
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-codes = {f: os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) for f, p in pids.items()}
-print(json.dumps(codes))
-"""
 HEAD = "import os, sys, time\nrank = int(os.environ['RANK'])\n"  # lines 1 and 2
 TAIL = "if rank == 1: work()\ntime.sleep(60)\n"  # from line 5
 LOADER = """    import torch
@@ -159,35 +124,26 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    """Every case, run at once: its folder, and its launcher's exit code."""
-    folders = {name: tmp_path_factory.mktemp("case") for name in CASES}
-    jobs = []
+    """Every case, run at once: its folder, and how its launcher ended."""
+    folders, jobs = {}, {}
     for name, case in CASES.items():
+        folders[name] = tmp_path_factory.mktemp("case")
         tail = TAIL if case.code else "work()\n"
         script = folders[name] / "job.py"
         script.write_text(f"{HEAD}def work():\n{case.work}{tail}")
-        words = ["-n", case.ranks, "--logs", folders[name] / "logs", *case.words]
-        jobs.append([str(folders[name]), [*map(str, words), str(script)], case.step])
-    done = subprocess.run(
-        [sys.executable, "-c", MANY],
-        env=environment(),
-        input=json.dumps(jobs),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    codes = json.loads(done.stdout)
-    return {name: (folder, codes[str(folder)]) for name, folder in folders.items()}
+        words = ("-n", case.ranks, "--logs", folders[name] / "logs", *case.words)
+        jobs[name] = (*words, script), case.step
+    done = together(jobs)
+    return {name: (folders[name], done[name]) for name in CASES}
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.code])
 def test_a_failure_is_said_and_kept(planted, name):
     """Rank, host, reading and line on the screen, once; all of it in failure.json."""
-    case, (folder, code) = CASES[name], planted[name]
-    said = (folder / "err.txt").read_text()
+    case, (folder, done) = CASES[name], planted[name]
+    said = done.stderr
     kept = json.loads((folder / "logs" / "failure.json").read_text())
-    assert code == kept["code"] == case.code
+    assert done.returncode == kept["code"] == case.code
     assert re.search(rf"^rank 1 on {HOST} failed: {case.said}", said, re.M), said
     assert said.count("failed:") == 1
     assert {field: kept[field] for field in case.fields} == case.fields
@@ -202,12 +158,9 @@ def test_a_failure_is_said_and_kept(planted, name):
 
 def test_the_last_line_says_what_became_of_the_others(planted):
     """They stopped because of it; or where each stands, if no rank is the cause."""
-    last = {
-        n: (f / "err.txt").read_text().splitlines()[-1:]
-        for n, (f, _) in planted.items()
-    }
-    folder, code = planted["in time"]
-    assert (last.pop("in time"), code) == ([], 0)  # the control: nothing to be said
+    last = {n: done.stderr.splitlines()[-1:] for n, (_, done) in planted.items()}
+    folder, done = planted["in time"]
+    assert (last.pop("in time"), done.returncode) == ([], 0)  # the control: silence
     assert not (folder / "logs" / "failure.json").exists()
     place = f"{planted['late'][0] / 'job.py'}:6, in <module>"
     assert last.pop("late") == [f"ranks 0, 2 did not either, at {place}"]
@@ -218,7 +171,7 @@ def test_without_logs_nothing_is_written(tmp_path):
     """Neither in this folder nor in the temporary one, also when a rank fails."""
     (tmp_path / "tmp").mkdir()
     before = {path for path in SCRIPTS.rglob("*") if "__pycache__" not in path.parts}
-    done = launch("-n", 2, "ends.py", "raise", 1, TMPDIR=str(tmp_path / "tmp"))
+    done = forked("-n", 2, "ends.py", "raise", 1, TMPDIR=str(tmp_path / "tmp"))
     assert done.returncode == 1
     after = {path for path in SCRIPTS.rglob("*") if "__pycache__" not in path.parts}
     assert after == before
@@ -233,7 +186,7 @@ def test_logs_of_an_earlier_failure_do_not_stay(tmp_path):
     logs.mkdir()
     (logs / "failure.json").write_text("{}")
     (logs / "rank-1.log").write_text("of the run before")
-    done = launch("-n", 2, "--logs", logs, script)
+    done = forked("-n", 2, "--logs", logs, script)
     assert (done.returncode, done.stderr) == (0, "")
     left = sorted(path.name for path in logs.iterdir())
     assert left == ["rank-0.log", "rank-1.log"]
@@ -245,7 +198,7 @@ def test_logs_that_cannot_be_written_do_not_hide_the_failure(tmp_path):
     script = tmp_path / "job.py"
     script.write_text("import shutil, sys\nshutil.rmtree(sys.argv[1])\n1 / 0\n")
     logs = tmp_path / "logs"
-    done = launch("-n", 1, "--logs", logs, script, logs)
+    done = forked("-n", 1, "--logs", logs, script, logs)
     assert done.returncode == 1
     lines = [
         s for s in done.stderr.splitlines() if "failed:" in s or "failure.json" in s

@@ -19,7 +19,7 @@ import torch
 from torch.distributed import TCPStore
 
 from tests.door.scripts.where import listening
-from tests.door.spawning import SCRIPTS, command, environment, launch
+from tests.door.spawning import ROOT, SCRIPTS, Forked, command, environment, forked
 from tests.door.test_spawn_ends import gone, runs
 from tests.door.test_spawn_safety import LOOPBACK, parents
 
@@ -44,13 +44,16 @@ def start(tmp_path):
 
         def one(*words, before=(), **more):
             out = (tmp_path / f"out-{len(started)}").open("w+")
-            process = subprocess.Popen(
-                [*before, *command(*words)],
-                env=environment(**more),
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-            )
+            if before:
+                process = subprocess.Popen(
+                    [*before, *command(*words)],
+                    env=environment(**more),
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=out,
+                )
+            else:
+                process = Forked(*words, stdout=out.fileno(), folder=ROOT, **more)
             stack.callback(out.close)
             stack.callback(process.wait)
             stack.callback(process.kill)
@@ -95,7 +98,7 @@ def undisturbed(tmp_path_factory):
     folders = [tmp_path_factory.mktemp(name) for name in ("one", "two")]
     words = [sys.executable, TRAIN, folders[0], str(STEPS)]
     subprocess.run(words, env=environment(), check=True, timeout=90)
-    done = launch("-n", 2, TRAIN, folders[1], STEPS, timeout=90)
+    done = forked("-n", 2, TRAIN, folders[1], STEPS)
     assert done.returncode == 0, done.stderr
     return [weights(folder) for folder in folders]
 

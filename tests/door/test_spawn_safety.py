@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.door.scripts.where import listening
-from tests.door.spawning import begun, environment, launch
+from tests.door.spawning import begun, environment, forked
 from tests.door.test_spawn_ends import gone, runs
 
 pytestmark = pytest.mark.door
@@ -169,7 +169,7 @@ def test_what_a_call_carries_is_in_no_argument(tmp_path):
 def test_a_failure_holds_no_variable_of_the_environment(tmp_path):
     """A token of the environment is in no log or failure.json, nor on the screen."""
     token = "hf_0123456789"
-    done = launch("-n", 2, "--logs", tmp_path, "ends.py", "raise", 1, API_TOKEN=token)
+    done = forked("-n", 2, "--logs", tmp_path, "ends.py", "raise", 1, API_TOKEN=token)
     texts = [path.read_text() for path in tmp_path.iterdir()]
     assert len(texts) == 3
     assert not [text for text in (*texts, done.stderr, done.stdout) if token in text]

@@ -28,6 +28,8 @@ for package in ("s3fs", "gcsfs", "moto", "gcp_storage_emulator"):
 MIB = 2**20
 PART = 5 * MIB  # the least that S3 takes for a part that is not the last
 DATA = os.urandom(64 * 1024) * 176 + b"end"  # 11 MiB and a bit: three parts
+DROP = 64 * 1024  # a part in bad weather, where it is sent again and again
+WET = DATA[: 2 * DROP + 3]  # three of those
 SECRET = "tops3cret"
 
 
@@ -164,6 +166,9 @@ def bucket(moto, account, monkeypatch, request):
 @pytest.fixture
 def weather(moto, account, monkeypatch):
     """What befalls requests to the S3 server, reached through a proxy."""
+    monkeypatch.setattr(storage_s3, "PART", DROP)
+    monkeypatch.setattr(storage_remote, "RANGE", DROP * 3 // 2)  # two are read of WET
+    monkeypatch.setattr("moto.s3.models.S3_UPLOAD_PART_MIN_SIZE", DROP)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
     server.behind, server.weather, server.checks = moto, Weather(), True
     server.weather.server = server
@@ -377,30 +382,30 @@ def test_a_fork_that_uses_no_store_is_undisturbed(bucket):
 
 
 @pytest.mark.parametrize("fate", ["busy", "drop", "lose", "flip"])
-@pytest.mark.parametrize("size", [1000, len(DATA)])
+@pytest.mark.parametrize("size", [1000, len(WET)])
 def test_bad_weather_that_passes_is_waited_for(stormy, weather, fate, size):
     """Throttling, dropped connections, lost answers and flipped bits are repeated."""
     # An upload whose beginning nobody heard of is left to the bucket's own rules.
     begin = ["pass"] if fate == "lose" and size > 1000 else []
     weather.plan = [*begin, fate, "pass", fate, fate, "pass", fate, "pass"]
-    put(stormy, "object", DATA[:size])
+    put(stormy, "object", WET[:size])
     weather.plan = []
-    assert fetch(stormy, "object", size) == DATA[:size]
+    assert fetch(stormy, "object", size) == WET[:size]
     assert [f for _, _, f in weather.seen].count(fate) >= 1
     assert uploads(stormy) == []
 
 
 def test_each_request_of_an_upload_may_fail_once(stormy, weather):
     """Beginning, every part and the end: none of them is special."""
-    put(stormy, "good")
+    put(stormy, "good", WET)
     wanted = [each for each in weather.seen if each[0] in weather.verbs]
     assert len(wanted) == 5
     for number in range(len(wanted)):
         for fate in ("busy", "lose"):
             weather.plan = ["pass"] * number + [fate, "pass"]
-            put(stormy, f"{fate}{number}")
+            put(stormy, f"{fate}{number}", WET)
             weather.plan = []
-            assert fetch(stormy, f"{fate}{number}") == DATA
+            assert fetch(stormy, f"{fate}{number}", len(WET)) == WET
 
 
 def test_a_flipped_bit_is_seen_without_checksums(stormy, weather, monkeypatch):
@@ -408,16 +413,16 @@ def test_a_flipped_bit_is_seen_without_checksums(stormy, weather, monkeypatch):
     monkeypatch.setattr(storage_s3, "_has_crc", lambda fs: False)
     for plan in (["flip", "pass"], ["pass", "pass", "flip", "pass"]):
         weather.plan = plan
-        put(stormy, "object")
+        put(stormy, "object", WET)
         weather.plan = []
-        assert fetch(stormy, "object") == DATA
+        assert fetch(stormy, "object", len(WET)) == WET
 
 
 def test_a_network_that_always_damages_is_given_up(stormy, weather):
     """The error says what was wanted, how often it failed, and shows no secret."""
     weather.plan = ["pass", "flip"]
     with pytest.raises(StorageError, match=r"failed 6 times.*BadDigest.*call again"):
-        put(stormy, "object")
+        put(stormy, "object", WET)
     weather.plan = []
     assert storage.sizes(stormy) == {}
     assert uploads(stormy) == []
@@ -431,7 +436,7 @@ def test_weather_that_does_not_clear_is_given_up(stormy, weather, fate, words):
     put(stormy, "object", b"abc")
     weather.plan, weather.verbs = [fate], ("GET", "HEAD", "PUT", "POST")
     for verb, call in (
-        ("write", lambda: put(stormy, "other")),
+        ("write", lambda: put(stormy, "other", WET)),
         ("read", lambda: storage.read(stormy, "object", 3)),
         ("read", lambda: fetch(stormy, "object", 3)),
         ("list", lambda: storage.sizes(stormy)),
@@ -453,14 +458,14 @@ def test_what_is_denied_is_told_at_once(stormy, weather):
 
 def test_reads_go_on_in_bad_weather(stormy, weather):
     """Every kind of read is repeated."""
-    put(stormy, "object")
+    put(stormy, "object", WET)
     weather.verbs = ("GET", "HEAD")
     weather.plan = ["drop", "pass", "busy", "pass", "lose", "busy", "pass"]
-    assert fetch(stormy, "object") == DATA
+    assert fetch(stormy, "object", len(WET)) == WET
     weather.plan = ["busy", "drop", "pass"]
-    assert storage.read(stormy, "object", len(DATA)) == DATA
+    assert storage.read(stormy, "object", len(WET)) == WET
     weather.plan = ["busy", "drop", "pass"]
-    assert storage.sizes(stormy) == {"object": len(DATA)}
+    assert storage.sizes(stormy) == {"object": len(WET)}
 
 
 # Google Cloud Storage.

@@ -6,6 +6,8 @@ The first way is the judge of the second: one process, whole batches, no accelx 
 from __future__ import annotations
 
 import math
+import pkgutil
+from importlib import import_module
 
 import attrs
 import pytest
@@ -16,7 +18,15 @@ from torch import nn
 from torch.nn import functional as F
 
 import accelx as ax
+from accelx import engines, saves
 from accelx.rows import mark
+
+# accelx imports files when they are asked for: once here, not in each rank, as above
+for _name in ax.__all__:
+    getattr(ax, _name)
+for _package in (engines, saves):
+    for _file in pkgutil.iter_modules(_package.__path__, f"{_package.__name__}."):
+        import_module(_file.name)
 
 # torch says it of any model that ends in a Linear over three dimensions
 quiet_views = pytest.mark.filterwarnings(

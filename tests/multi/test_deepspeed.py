@@ -1,6 +1,9 @@
 """DeepSpeed changes no number: training, saving and what else a state can do."""
 
+import atexit
+import tempfile
 from argparse import Namespace
+from functools import cache
 from importlib.util import find_spec
 
 import attrs
@@ -80,7 +83,30 @@ def apart(judge, trace):
     return t.apart(held, trace)
 
 
-def trained(env):
+@cache
+def folder():
+    """Where the ranks save what is looked at afterwards; gone with this process."""
+    made = tempfile.TemporaryDirectory()
+    atexit.register(made.cleanup)
+    return made.name
+
+
+@cache
+def launched(parts):
+    """What each rank found in each part, in one launch: importing it takes longest."""
+    kept = folder()  # one for all ranks
+    return testing.run(2, timeout=170)(
+        lambda env: [part(env, kept) for part in parts]
+    )()
+
+
+def told(part):
+    """What each rank found in one part."""
+    parts = next(parts for parts in LAUNCHES if part in parts)
+    return [rank[parts.index(part)] for rank in launched(parts)]
+
+
+def trained(env, folder):
     """How far each place ends from a loop by hand, and how far the control does."""
     found = {}
     for loss in (t.bare, t.masked):
@@ -99,7 +125,7 @@ def trained(env):
 
 def test_every_stage_trains_as_one_process_does():
     """Losses, norms and weights at each step (L4); the mean of means does not."""
-    for found, control in testing.run(2, timeout=120)(trained)():
+    for found, control in told(trained):
         assert max(found.values()) < 1e-6, found
         assert control > 1e-3
 
@@ -133,16 +159,16 @@ def resharded(env, folder):
     return found, control, exact
 
 
-def test_a_checkpoint_goes_from_each_engine_to_each_other(tmp_path):
+def test_a_checkpoint_goes_from_each_engine_to_each_other():
     """Weights, moments and counts (L5, L6); without moments it is another run."""
-    for found, control, exact in testing.run(2, timeout=120)(resharded)(str(tmp_path)):
+    for found, control, exact in told(resharded):
         assert max(found.values()) < 1e-6, found
         assert control > 1e-3
         assert exact
     judge = t.by_hand(single, t.masked, t.grouped, DATA)
     for place in ("zero-1", "zero-3-offload"):
         env = ax.Env()
-        tx = chain(env, "ddp", ax.load_state(env, str(tmp_path / place)))
+        tx = chain(env, "ddp", ax.load_state(env, f"{folder()}/{place}"))
         state = ax.init(tx, t.made(torch.float32, seed=3), t.grouped)
         assert apart(judge[2:], go_on(env, tx, state, t.masked, DATA[2:])[1]) < 1e-6
 
@@ -153,11 +179,11 @@ def theirs(env, folder):
         tx = chain(env, place)
         state, _ = go_on(env, tx, ax.init(tx, single, t.grouped), t.masked, DATA[:2])
         engine = state.slots["shard_model"].handle.engine
-        engine.save_checkpoint(f"{folder}/{place}", tag="two")
+        engine.save_checkpoint(f"{folder}/theirs-{place}", tag="two")
         ax.barrier(env)
         how = Namespace(
-            input_folder=f"{folder}/{place}/two",
-            output_folder=f"{folder}/{place}-universal",
+            input_folder=f"{folder}/theirs-{place}/two",
+            output_folder=f"{folder}/theirs-{place}-universal",
             num_extract_workers=1,
             num_merge_workers=1,
             keep_temp_folder=False,
@@ -168,16 +194,17 @@ def theirs(env, folder):
             from deepspeed.checkpoint import ds_to_universal  # imported quietly before
 
             ds_to_universal.main(how)
+    return True
 
 
 def test_a_run_of_deepspeed_is_gone_on_with(tmp_path):
     """Its universal checkpoints are imported: weights, moments, groups and counts."""
-    testing.run(2, timeout=120)(theirs)(str(tmp_path))
+    assert told(theirs) == [True, True]
     judge = t.by_hand(single, t.masked, t.grouped, DATA)
     only = ("model.**", "optim.**", "step", "skipped")
     for place in ("zero-1", "zero-3"):
         out = str(tmp_path / f"{place}-ours")
-        source = str(tmp_path / f"{place}-universal")
+        source = f"{folder()}/theirs-{place}-universal"
         report = ax.import_state(source, out, single, t.grouped)
         assert (report.step, report.left_out) == (2, ())
         env = ax.Env()
@@ -186,7 +213,7 @@ def test_a_run_of_deepspeed_is_gone_on_with(tmp_path):
         trace = go_on(env, tx, state, t.masked, DATA[2:])[1]
         assert apart(judge[2:], trace) < 1e-6
         with pytest.raises(ax.CheckpointError, match="ds_to_universal --input_folder"):
-            ax.import_state(str(tmp_path / place / "two"), out)
+            ax.import_state(f"{folder()}/theirs-{place}/two", out)
 
 
 def raising(env, place):
@@ -215,21 +242,29 @@ def raising(env, place):
     assert apart(judge, [*one, *go_on(env, tx, state, t.masked, DATA[1:2])[1]]) < 1e-6
 
 
+def furthest(one, other):
+    """The largest difference of two sets of weights."""
+    return max((one[n] - other[n]).abs().max().item() for n in one)
+
+
+@cache  # of ddp each place is told apart from the same run
+def averages(env, kind):
+    """The average of weights over three steps, after weights were set by hand."""
+    tx = chain(env, kind, ax.with_ema(0.5))
+    state = ax.init(tx, single, t.grouped)
+    with torch.no_grad():
+        for _, p in state.trained:
+            p.mul_(0.5)
+    state, _ = go_on(env, tx, state, t.masked, DATA[:3])
+    with ax.averaged(state):
+        return whole(env, state)
+
+
 def average(env, place):
-    """The average of weights over three steps, as ddp has it; weights set by hand."""
+    """The gap of averages of weights from those of ddp; stage 3 has none."""
     if PLACES[place]["stage"] == 3:
         return None
-    kept = []
-    for kind in ("ddp", place):
-        tx = chain(env, kind, ax.with_ema(0.5))
-        state = ax.init(tx, single, t.grouped)
-        with torch.no_grad():
-            for _, p in state.trained:
-                p.mul_(0.5)
-        state, _ = go_on(env, tx, state, t.masked, DATA[:3])
-        with ax.averaged(state):
-            kept.append(whole(env, state))
-    return max((kept[0][n] - kept[1][n]).abs().max().item() for n in kept[0])
+    return furthest(averages(env, "ddp"), averages(env, place))
 
 
 class Small(nn.Sequential):
@@ -239,34 +274,34 @@ class Small(nn.Sequential):
         super().__init__(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 4))
 
 
+@cache
+def both(env, kind):
+    """A generator and a critic, each the other's argument: their weights."""
+    tx = ax.chain(placing_small(env, kind), ax.clip(t.LIMIT))
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        states.append(ax.init(tx, Small(), lambda m: torch.optim.AdamW(m.parameters())))
+    gen, critic = states
+    judge = ax.step(
+        tx, lambda d, x, z: (d(x) - 1).square().mean() + d(z).square().mean()
+    )
+    fool = ax.step(tx, lambda g, z, d: (d(g(z)) - 1).square().mean())
+    torch.manual_seed(env.rank)
+    for _ in range(2):
+        x, z = torch.randn(2, 4, 4)
+        with ax.evaluating(gen) as model:
+            made = model(z)
+        critic, _ = judge(critic, x, made)
+        with ax.frozen(critic) as model:
+            gen, _ = fool(gen, z, model)
+    other = {f"d.{n}": w for n, w in whole(env, critic).items()}
+    return {**whole(env, gen), **other}
+
+
 def pair(env, place):
-    """A generator and a critic, each the other's argument; as ddp has them."""
-    kept = []
-    for kind in ("ddp", place):
-        tx = ax.chain(placing_small(env, kind), ax.clip(t.LIMIT))
-        states = []
-        for seed in (1, 2):
-            torch.manual_seed(seed)
-            states.append(
-                ax.init(tx, Small(), lambda m: torch.optim.AdamW(m.parameters()))
-            )
-        gen, critic = states
-        judge = ax.step(
-            tx, lambda d, x, z: (d(x) - 1).square().mean() + d(z).square().mean()
-        )
-        fool = ax.step(tx, lambda g, z, d: (d(g(z)) - 1).square().mean())
-        torch.manual_seed(env.rank)
-        for _ in range(2):
-            x, z = torch.randn(2, 4, 4)
-            with ax.evaluating(gen) as model:
-                made = model(z)
-            critic, _ = judge(critic, x, made)
-            with ax.frozen(critic) as model:
-                gen, _ = fool(gen, z, model)
-        kept.append(
-            {**whole(env, gen), **{f"d.{n}": w for n, w in whole(env, critic).items()}}
-        )
-    return max((kept[0][n] - kept[1][n]).abs().max().item() for n in kept[0])
+    """The gap of a pair from that of ddp."""
+    return furthest(both(env, "ddp"), both(env, place))
 
 
 def placing_small(env, place):
@@ -290,19 +325,20 @@ def halves(env, place):
     assert apart(judge, [step]) < 1e-6
 
 
+def few_bits(env, kind, wanted):
+    """The trace of two steps in a precision."""
+    tx = chain(env, kind, ax.with_precision(wanted))
+    return go_on(env, tx, ax.init(tx, single, t.grouped), t.masked, DATA[:2])[1]
+
+
 def halved(env, place):
     """bf16 is what ddp makes of it, and another run than float32."""
-    ends = []
-    for kind, wanted in (("ddp", "bf16"), (place, "bf16"), (place, "fp32")):
-        tx = chain(env, kind, ax.with_precision(wanted))
-        state = ax.init(tx, single, t.grouped)
-        state, trace = go_on(env, tx, state, t.masked, DATA[:2])
-        ends.append(trace)
-    assert apart(ends[0], ends[2]) > 1e-4
-    return apart(ends[0], ends[1])
+    judge = few_bits(env, "ddp", "bf16")
+    assert apart(judge, few_bits(env, place, "fp32")) > 1e-4
+    return apart(judge, few_bits(env, place, "bf16"))
 
 
-def behaves(env):
+def behaves(env, folder):
     """All of the above for each place: the gaps, by what they are of."""
     found = {}
     for place in PLACES:
@@ -316,7 +352,7 @@ def behaves(env):
 
 def test_a_state_does_what_it_does_on_every_engine():
     """Errors, skips, averages, critics, halves of a step, evaluation, precision."""
-    for found in testing.run(2, timeout=120)(behaves)():
+    for found in told(behaves):
         assert max(gap for gap in found.values() if gap is not None) < 1e-6, found
 
 
@@ -368,7 +404,7 @@ def infinite(model, batch):
     return t.bare(model, batch) * float("nan")
 
 
-def refusals(env):
+def refusals(env, folder):
     """What is refused when there are ranks."""
     one, two, three = (placing(env, f"zero-{n}") for n in (1, 2, 3))
     for place in PLACES:
@@ -388,11 +424,12 @@ def refusals(env):
         ax.init(one, t.made(), t.grouped)
     with pytest.raises(ax.PlacementError, match=r"float32, but embed.weight is .*fp32"):
         ax.init(two, t.made(torch.bfloat16), t.grouped)
+    return True
 
 
 def test_what_is_kept_and_what_is_refused():
     """Object, class, names, environment (L8); else an error that says what to write."""
-    testing.run(2, timeout=120)(refusals)()
+    assert told(refusals) == [True, True]
 
 
 def language(env, folder):
@@ -431,17 +468,17 @@ def language(env, folder):
     for _ in range(3):
         state, out = step(state, ax.split(env, ids))
         ours.append(float(out.loss))
-    ax.export((env, state), folder)
+    ax.export((env, state), f"{folder}/exported")
     again = make()
-    ax.load_weights(folder)(again)
+    ax.load_weights(f"{folder}/exported")(again)
     pairs = zip(again.parameters(), judge.parameters(), strict=True)
     gap = max((a - b).abs().max().item() for a, b in pairs)
     return max(abs(a - b) for a, b in zip(hand, ours, strict=True)), gap
 
 
-def test_a_model_of_transformers_is_sliced_and_exported(tmp_path):
+def test_a_model_of_transformers_is_sliced_and_exported():
     """It trains as by hand, and what it exports is what was trained."""
-    for losses, weights in testing.run(2, timeout=120)(language)(str(tmp_path)):
+    for losses, weights in told(language):
         assert losses < 1e-5
         assert weights < 1e-5
 
@@ -454,3 +491,6 @@ def test_one_rank_is_the_plain_model():
     state = ax.init(tx, t.made(), t.grouped)
     assert ax.step(tx, t.bare)(state, DATA[0])[1].stepped
     assert Options().stage is None
+
+
+LAUNCHES = (trained, resharded, theirs), (behaves, refusals, language)

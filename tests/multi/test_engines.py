@@ -1,6 +1,7 @@
 """What a state can do besides training by steps is the same on every engine."""
 
 import copy
+from functools import cache
 
 import attrs
 import pytest
@@ -55,46 +56,48 @@ def by_torch(losses):
     return gradients(model), model
 
 
+def adding(env, kind, microbatches):
+    """Two calls of grads, then apply: both as torch has them."""
+    place = t.placing(env, kind)
+    tx = ax.chain(place, ax.accumulate(microbatches), ax.clip(t.LIMIT))
+    state = ax.init(tx, t.made(), t.grouped)
+    state, _ = ax.grads(tx, t.bare)(state, t.part(env, DATA[0]))
+    state, out = ax.grads(tx, t.masked)(state, t.part(env, DATA[1], t.lopsided))
+    wanted, model = by_torch([(t.bare, DATA[0]), (t.masked, DATA[1])])
+    assert compare(env, gradients(state.model), wanted) < 1e-12
+    state, out = ax.apply(tx)(state, out)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), t.LIMIT)
+    t.grouped(model).step()
+    assert abs(norm - out.norm) < 1e-12
+    assert compare(env, t.weights(state.model), t.weights(model)) < 1e-12
+    assert not gradients(state.model)
+    return True
+
+
 @each_kind
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_gradients_of_two_calls_add(kind, microbatches):
     """grads twice, of a bare mean and of a Mean, is the gradient of the sum."""
+    assert all(told(kind, f"adding-{microbatches}"))
 
-    def rank(env):
-        place = t.placing(env, kind)
-        tx = ax.chain(place, ax.accumulate(microbatches), ax.clip(t.LIMIT))
-        state = ax.init(tx, t.made(), t.grouped)
-        state, _ = ax.grads(tx, t.bare)(state, t.part(env, DATA[0]))
-        state, out = ax.grads(tx, t.masked)(state, t.part(env, DATA[1], t.lopsided))
-        wanted, model = by_torch([(t.bare, DATA[0]), (t.masked, DATA[1])])
-        assert compare(env, gradients(state.model), wanted) < 1e-12
-        state, out = ax.apply(tx)(state, out)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), t.LIMIT)
-        t.grouped(model).step()
-        assert abs(norm - out.norm) < 1e-12
-        assert compare(env, t.weights(state.model), t.weights(model)) < 1e-12
-        assert not gradients(state.model)
 
-    launch(kind)(rank)()
+def once(env, kind):
+    """How far the gradients of one call lie from the sum of two."""
+    tx = t.placing(env, kind)
+    state = ax.init(tx, t.made(), t.grouped)
+    state, _ = ax.grads(tx, t.bare)(state, t.part(env, DATA[0]))
+    wanted, _ = by_torch([(t.bare, DATA[0]), (t.masked, DATA[1])])
+    return compare(env, gradients(state.model), wanted)
 
 
 @each_kind
 def test_control_the_order_of_losses_is_not_what_adds(kind):
     """One call alone leaves other gradients than the sum of two."""
-
-    def rank(env):
-        tx = t.placing(env, kind)
-        state = ax.init(tx, t.made(), t.grouped)
-        state, _ = ax.grads(tx, t.bare)(state, t.part(env, DATA[0]))
-        wanted, _ = by_torch([(t.bare, DATA[0]), (t.masked, DATA[1])])
-        return compare(env, gradients(state.model), wanted)
-
-    assert min(launch(kind)(rank)()) > 1e-3
+    assert min(told(kind, "once")) > 1e-3
 
 
-@each_kind
-def test_a_loss_that_raises_leaves_the_state_as_it_was(kind):
-    """No half of a gradient stays, earlier gradients do, and the state goes on."""
+def breaking(env, kind):
+    """A loss that raises at each second call, before and between others."""
     calls = []
 
     def breaks(model, batch):
@@ -104,138 +107,148 @@ def test_a_loss_that_raises_leaves_the_state_as_it_was(kind):
             raise KeyError("no such column")
         return loss
 
-    def rank(env):
-        tx = t.pipeline(env, kind, ax.accumulate(2))
-        state = ax.init(tx, t.made(), t.grouped)
-        with pytest.raises(KeyError, match="no such column"):
-            ax.step(tx, breaks)(state, t.part(env, DATA[0]))
-        assert not gradients(state.model)
-        state, _ = ax.grads(tx, t.bare)(state, t.part(env, DATA[0]))
-        kept = gradients(state.model)
-        with pytest.raises(KeyError, match="no such column"):
-            ax.grads(tx, breaks)(state, t.part(env, DATA[1]))
-        assert t.same(gradients(state.model), kept)
-        state, _out = ax.step(tx, t.masked)(state, t.part(env, DATA[1]))
-        assert state.step == 1
-        _, model = by_torch([(t.bare, DATA[0]), (t.masked, DATA[1])])
-        nn.utils.clip_grad_norm_(model.parameters(), t.LIMIT)
-        t.grouped(model).step()
-        assert compare(env, t.weights(state.model), t.weights(model)) < 1e-12
+    tx = t.pipeline(env, kind, ax.accumulate(2))
+    state = ax.init(tx, t.made(), t.grouped)
+    with pytest.raises(KeyError, match="no such column"):
+        ax.step(tx, breaks)(state, t.part(env, DATA[0]))
+    assert not gradients(state.model)
+    state, _ = ax.grads(tx, t.bare)(state, t.part(env, DATA[0]))
+    kept = gradients(state.model)
+    with pytest.raises(KeyError, match="no such column"):
+        ax.grads(tx, breaks)(state, t.part(env, DATA[1]))
+    assert t.same(gradients(state.model), kept)
+    state, _out = ax.step(tx, t.masked)(state, t.part(env, DATA[1]))
+    assert state.step == 1
+    _, model = by_torch([(t.bare, DATA[0]), (t.masked, DATA[1])])
+    nn.utils.clip_grad_norm_(model.parameters(), t.LIMIT)
+    t.grouped(model).step()
+    assert compare(env, t.weights(state.model), t.weights(model)) < 1e-12
+    return True
 
-    launch(kind)(rank)()
+
+@each_kind
+def test_a_loss_that_raises_leaves_the_state_as_it_was(kind):
+    """No half of a gradient stays, earlier gradients do, and the state goes on."""
+    assert all(told(kind, "breaking"))
+
+
+def tokenless(env, kind):
+    """A step without weight, and the first that has some."""
+    tx = t.pipeline(env, kind)
+    state = ax.init(tx, t.made(), t.grouped)
+    before = t.weights(state.model)
+    tokens, mask = DATA[0]
+    step = ax.step(tx, t.masked)
+    state, out = step(state, t.part(env, (tokens, mask * 0)))
+    assert not out.stepped
+    assert "weight" in out.skipped
+    assert float(out.weight) == 0
+    assert (state.step, state.skipped, state.position) == (0, 1, 1)
+    assert t.same(before, t.weights(state.model))
+    assert not gradients(state.model)
+    state, out = step(state, t.part(env, DATA[0]))  # and the schedule is at step 0
+    run = t.Step(float(out.loss), out.norm.item(), t.weights(state.model))
+    judge = t.by_hand(t.made(), t.masked, t.grouped, DATA[:1])
+    assert t.apart(judge, [run], *at(env)) < 1e-12
+    return True
 
 
 @each_kind
 def test_a_batch_without_a_token_is_skipped_by_all(kind):
     """Nothing moves, the report says why, and data and steps count apart."""
-
-    def rank(env):
-        tx = t.pipeline(env, kind)
-        state = ax.init(tx, t.made(), t.grouped)
-        before = t.weights(state.model)
-        tokens, mask = DATA[0]
-        step = ax.step(tx, t.masked)
-        state, out = step(state, t.part(env, (tokens, mask * 0)))
-        assert not out.stepped
-        assert "weight" in out.skipped
-        assert float(out.weight) == 0
-        assert (state.step, state.skipped, state.position) == (0, 1, 1)
-        assert t.same(before, t.weights(state.model))
-        assert not gradients(state.model)
-        state, out = step(state, t.part(env, DATA[0]))  # and the schedule is at step 0
-        run = t.Step(float(out.loss), out.norm.item(), t.weights(state.model))
-        judge = t.by_hand(t.made(), t.masked, t.grouped, DATA[:1])
-        assert t.apart(judge, [run], *at(env)) < 1e-12
-
-    launch(kind)(rank)()
+    assert all(told(kind, "tokenless"))
 
 
-@each_kind
-def test_non_finite_gradients_of_one_rank_are_skipped_by_all(kind):
-    """clip looks at the global norm, so every rank decides alike."""
+def poisoning(env, kind):
+    """Steps that were made and skipped after nan on the last rank."""
 
     def poisoned(model, batch):
         bad = float("nan") if 7 in batch[0][:, 0] else 1.0
         return t.bare(model, batch) * bad
 
-    def rank(env):
-        tx = t.pipeline(env, kind)
-        state = ax.init(tx, t.made(), t.grouped)
-        tokens, mask = DATA[0][0].clamp(max=6), DATA[0][1]
-        tokens[-1, 0] = 7  # the last row is the last rank's
-        state, out = ax.step(tx, poisoned)(state, t.part(env, (tokens, mask)))
-        assert "nan" in out.skipped
-        return state.step, state.skipped, out.skipped
+    tx = t.pipeline(env, kind)
+    state = ax.init(tx, t.made(), t.grouped)
+    tokens, mask = DATA[0][0].clamp(max=6), DATA[0][1]
+    tokens[-1, 0] = 7  # the last row is the last rank's
+    state, out = ax.step(tx, poisoned)(state, t.part(env, (tokens, mask)))
+    assert "nan" in out.skipped
+    return state.step, state.skipped
 
-    found = launch(kind)(rank)()
-    assert {x[:2] for x in found} == {(0, 1)}
+
+@each_kind
+def test_non_finite_gradients_of_one_rank_are_skipped_by_all(kind):
+    """clip looks at the global norm, so every rank decides alike."""
+    assert set(told(kind, "poisoning")) == {(0, 1)}
+
+
+def evaluating(env, kind):
+    """Evaluations that end, that raise, and that are between steps."""
+    tx = t.pipeline(env, kind)
+    state = ax.init(tx, t.made(), t.grouped)
+    state.model.layers[1].eval()
+    modes = [m.training for m in state.model.modules()]
+    with ax.evaluating(state) as model:
+        assert model is state.model
+        assert not any(m.training for m in model.modules())
+        out = model(DATA[0][0])
+        assert not out.requires_grad
+    with pytest.raises(KeyError), ax.evaluating(state):
+        raise KeyError
+    assert [m.training for m in state.model.modules()] == modes
+    assert torch.is_grad_enabled()
+    wanted = t.made()()(DATA[0][0])
+    assert (out - wanted).abs().max() < 1e-12
+    data = DATA[:2]
+    trace = []
+    for batch in data:
+        with ax.evaluating(state) as model:  # between steps, it disturbs nothing
+            model(batch[0])
+        state, out = ax.step(tx, t.bare)(state, t.part(env, batch))
+        trace.append(t.Step(out.loss.item(), out.norm.item(), t.weights(state.model)))
+    judge = t.by_hand(t.made(), t.bare, t.grouped, data)
+    assert t.apart(judge, trace, *at(env)) < 1e-12
+    return True
 
 
 @each_kind
 def test_evaluating_restores_every_mode_and_does_not_spend(kind):
     """Modes come back as they were, one by one, also when the body raises."""
+    assert all(told(kind, "evaluating"))
 
-    def rank(env):
-        tx = t.pipeline(env, kind)
-        state = ax.init(tx, t.made(), t.grouped)
-        state.model.layers[1].eval()
-        modes = [m.training for m in state.model.modules()]
-        with ax.evaluating(state) as model:
-            assert model is state.model
-            assert not any(m.training for m in model.modules())
-            out = model(DATA[0][0])
-            assert not out.requires_grad
-        with pytest.raises(KeyError), ax.evaluating(state):
-            raise KeyError
-        assert [m.training for m in state.model.modules()] == modes
-        assert torch.is_grad_enabled()
-        wanted = t.made()()(DATA[0][0])
-        assert (out - wanted).abs().max() < 1e-12
-        data = DATA[:2]
-        trace = []
-        for batch in data:
-            with ax.evaluating(state) as model:  # between steps, it disturbs nothing
-                model(batch[0])
-            state, out = ax.step(tx, t.bare)(state, t.part(env, batch))
-            trace.append(
-                t.Step(out.loss.item(), out.norm.item(), t.weights(state.model))
-            )
-        judge = t.by_hand(t.made(), t.bare, t.grouped, data)
-        assert t.apart(judge, trace, *at(env)) < 1e-12
 
-    launch(kind)(rank)()
+def both(model, batch):
+    """A loss and a metric."""
+    right = (model(batch[0]).argmax(-1) == batch[0]).to(batch[1])
+    return {"loss": t.masked(model, batch), "acc": right.mean()}
+
+
+def measuring(env, kind):
+    """The means of all batches and ranks."""
+    tx = t.placing(env, kind)
+    state = ax.init(tx, t.made())
+    total = None
+    for batch in t.batches(rows=(5, 1, 2)):
+        found = ax.measure(tx, both)(state, t.part(env, batch))
+        total = found if total is None else {k: total[k] + found[k] for k in found}
+    parts = [
+        torch.as_tensor(x, dtype=torch.float64)
+        for m in total.values()
+        for x in (m.total, m.weight)
+    ]
+    whole = ax.reduce(env, parts, "sum") if env.world > 1 else parts
+    return [whole[0] / whole[1], whole[2] / whole[3]]
 
 
 @each_kind
 def test_measure_is_exact_over_batches_and_ranks(kind):
     """Means of a loss and of a metric, with rows that only pad, add to those of all."""
-
-    def both(model, batch):
-        right = (model(batch[0]).argmax(-1) == batch[0]).to(batch[1])
-        return {"loss": t.masked(model, batch), "acc": right.mean()}
-
-    def rank(env):
-        tx = t.placing(env, kind)
-        state = ax.init(tx, t.made())
-        total = None
-        for batch in t.batches(rows=(5, 1, 2)):
-            found = ax.measure(tx, both)(state, t.part(env, batch))
-            total = found if total is None else {k: total[k] + found[k] for k in found}
-        parts = [
-            torch.as_tensor(x, dtype=torch.float64)
-            for m in total.values()
-            for x in (m.total, m.weight)
-        ]
-        whole = ax.reduce(env, parts, "sum") if env.world > 1 else parts
-        return [whole[0] / whole[1], whole[2] / whole[3]]
-
     model, sums = t.made()(), torch.zeros(2, 2, dtype=torch.float64)
     with torch.no_grad():
         for batch in t.batches(rows=(5, 1, 2)):
             found = both(model, batch)
             sums[0] += torch.stack([found["loss"].total, found["loss"].weight])
             sums[1] += torch.tensor([found["acc"] * len(batch[0]), len(batch[0])])
-    for found in launch(kind)(rank)():
+    for found in told(kind, "measuring"):
         assert torch.allclose(torch.stack(found), sums[:, 0] / sums[:, 1], atol=1e-12)
 
 
@@ -300,48 +313,51 @@ def gan_by_hand():
     return t.weights(maker), t.weights(critic)
 
 
+def two_states(env, kind):
+    """How far a maker and its critic end from the run by hand."""
+    tx = t.placing(env, kind) if kind == "plain" else ax.shard_model(env, kind)
+    maker, critic, data = networks()
+    adam = lambda m: torch.optim.Adam(m.parameters(), 1e-2)  # noqa: E731
+    gen, disc = ax.init(tx, maker, adam), ax.init(tx, critic, adam)
+    gen_step, disc_step = ax.step(tx, maker_loss), ax.step(tx, critic_loss)
+    for whole in data:
+        z, real = t.part(env, whole)
+        with ax.evaluating(gen) as model:
+            fake = model(z)
+        disc, _ = disc_step(disc, fake, real)
+        with ax.frozen(disc) as model:
+            assert not any(p.requires_grad for p in model.parameters())
+            gen, _ = gen_step(gen, z, model)
+        assert not gradients(disc.model)
+        assert all(p.requires_grad for p in disc.model.parameters())
+    return [
+        compare(env, t.weights(s.model), w)
+        for s, w in zip((gen, disc), gan_by_hand(), strict=True)
+    ]
+
+
 @each_kind
 def test_a_gan_of_two_states_is_the_run_of_one_process(kind):
     """Two pipelines, one the frozen critic of the other; no gradient goes astray."""
+    assert max(gap for gaps in told(kind, "two_states") for gap in gaps) < 1e-12
 
-    def rank(env):
-        tx = t.placing(env, kind) if kind == "plain" else ax.shard_model(env, kind)
-        maker, critic, data = networks()
-        adam = lambda m: torch.optim.Adam(m.parameters(), 1e-2)  # noqa: E731
-        gen, disc = ax.init(tx, maker, adam), ax.init(tx, critic, adam)
-        gen_step, disc_step = ax.step(tx, maker_loss), ax.step(tx, critic_loss)
-        for whole in data:
-            z, real = t.part(env, whole)
-            with ax.evaluating(gen) as model:
-                fake = model(z)
-            disc, _ = disc_step(disc, fake, real)
-            with ax.frozen(disc) as model:
-                assert not any(p.requires_grad for p in model.parameters())
-                gen, _ = gen_step(gen, z, model)
-            assert not gradients(disc.model)
-            assert all(p.requires_grad for p in disc.model.parameters())
-        return [
-            compare(env, t.weights(s.model), w)
-            for s, w in zip((gen, disc), gan_by_hand(), strict=True)
-        ]
 
-    assert max(gap for gaps in launch(kind)(rank)() for gap in gaps) < 1e-12
+def freezing(env, kind):
+    """What was frozen, after a raise inside `frozen`."""
+    state = ax.init(t.placing(env, kind), t.made(), t.grouped)
+    wanted = [p.requires_grad for p in state.model.parameters()]
+    assert not all(wanted)
+    with pytest.raises(KeyError), ax.frozen(state):
+        raise KeyError
+    assert [p.requires_grad for p in state.model.parameters()] == wanted
+    assert state.step == 0
+    return True
 
 
 @each_kind
 def test_frozen_leaves_what_was_frozen_before(kind):
     """Weights that the user froze stay so, and a raise inside restores the rest."""
-
-    def rank(env):
-        state = ax.init(t.placing(env, kind), t.made(), t.grouped)
-        wanted = [p.requires_grad for p in state.model.parameters()]
-        assert not all(wanted)
-        with pytest.raises(KeyError), ax.frozen(state):
-            raise KeyError
-        assert [p.requires_grad for p in state.model.parameters()] == wanted
-        assert state.step == 0
-
-    launch(kind)(rank)()
+    assert all(told(kind, "freezing"))
 
 
 def clipping():
@@ -498,20 +514,21 @@ def test_a_loop_of_ones_own_trains_as_one_process(kind):
     assert max(testing.run(2)(rank)()) < 1e-12
 
 
+def differing(env, kind):
+    """How far weights that differ over ranks lie from rank 0's."""
+    model = t.made(seed=env.rank)()
+    with torch.no_grad():
+        model.layers[0].share.fill_(env.rank + 0.5)
+    state = ax.init(t.placing(env, kind), model)
+    assert state.model.layers[0].share.item() == 0.5
+    wanted = t.weights(t.made(seed=0)())
+    return compare(env, t.weights(state.model), wanted)
+
+
 @each_kind
 def test_rank_zeros_numbers_count(kind):
     """Modules that differ over ranks are rank 0's after placing, buffers included."""
-
-    def rank(env):
-        model = t.made(seed=env.rank)()
-        with torch.no_grad():
-            model.layers[0].share.fill_(env.rank + 0.5)
-        state = ax.init(t.placing(env, kind), model)
-        assert state.model.layers[0].share.item() == 0.5
-        wanted = t.weights(t.made(seed=0)())
-        return compare(env, t.weights(state.model), wanted)
-
-    assert max(launch(kind)(rank)()) == 0.0
+    assert max(told(kind, "differing")) == 0.0
 
 
 def test_batch_norm_warns_and_averages_its_statistics():
@@ -530,3 +547,21 @@ def test_batch_norm_warns_and_averages_its_statistics():
 
     one, other = testing.run(2)(rank)()
     assert torch.equal(one[0], other[0])
+
+
+PARTS = {
+    **{f"adding-{n}": lambda env, kind, n=n: adding(env, kind, n) for n in (1, 2)},
+    **{f.__name__: f for f in (once, breaking, tokenless, poisoning, evaluating)},
+    **{f.__name__: f for f in (measuring, two_states, freezing, differing)},
+}
+
+
+@cache
+def launched(kind):
+    """What each rank of a kind found in each part, in one launch."""
+    return launch(kind)(lambda env: {n: f(env, kind) for n, f in PARTS.items()})()
+
+
+def told(kind, part):
+    """What each rank of a kind found in one part."""
+    return [rank[part] for rank in launched(kind)]

@@ -183,6 +183,14 @@ def test_a_run_that_dies_of_it_starts_again_where_it_was_saved(world, wait, tmp_
             assert same(ended, weights)
 
 
+def each_write(fn):
+    """`fn` for each write of a save, by number, in one launch."""
+    (told,) = testing.run(1)(
+        lambda env: [fn(env, n) for n in range(1, WRITES[0] + 1)]
+    )()
+    return told
+
+
 def dropped(env, folder, number):
     """A run of which one write is answered by a dropped connection."""
     storage_retry.FIRST_WAIT = storage_retry.LONGEST_WAIT = 0.001
@@ -195,8 +203,7 @@ def dropped(env, folder, number):
 
 def test_what_passes_by_itself_is_tried_again(tmp_path):
     """A dropped connection costs one more write, and nobody hears of it."""
-    for number in range(1, WRITES[0] + 1):
-        (told,) = testing.run(1)(dropped)(tmp_path, number)
+    for told in each_write(lambda env, number: dropped(env, tmp_path, number)):
         assert told[:2] == (3, [])
         assert told[3] == 3 * WRITES[0] + 1
         assert same(told[2], judge(1))
@@ -225,6 +232,6 @@ def flipped(env, folder, number):
 
 def test_what_a_store_keeps_wrongly_is_seen_later(tmp_path):
     """No save can know; a look can: of slices, index and manifest, and of a commit."""
-    for number in range(1, WRITES[0]):
-        assert testing.run(1)(flipped)(tmp_path, number) == [[False, True]]
-    assert testing.run(1)(flipped)(tmp_path, WRITES[0]) == [[False]]  # no checkpoint
+    *parts, commit = each_write(lambda env, number: flipped(env, tmp_path, number))
+    assert parts == [[False, True]] * (WRITES[0] - 1)
+    assert commit == [False]  # no checkpoint

@@ -115,7 +115,7 @@ def test_objects_classes_and_names_stay():
     whole = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     assert "is the last" in float8.convert(whole, emulate=True).left["1"]
     packed = ax.quantize("int8")(net().requires_grad_(False))
-    with pytest.raises(ax.PrecisionError, match="0 has weights of torch.int8"):
+    with pytest.raises(ax.PrecisionError, match=r"0 has weights of torch\.int8"):
         float8.convert(packed)
 
 

@@ -1,5 +1,7 @@
 """A precision is what its name says, in every place, on every engine."""
 
+from functools import cache
+
 import pytest
 import torch
 from torch import nn
@@ -79,12 +81,29 @@ def seen(env, kind, precision):
     }
 
 
+WANTED = {
+    **{name: name for name in HALF},
+    "output": ax.Precision("fp32", "bf16", output="fp32"),
+    "pure": ax.Precision(param="bf16", compute="bf16", buffer="bf16"),
+}
+
+
+@cache
+def dtypes_of(kind):
+    """What each rank has seen of each precision, in one launch."""
+
+    def rank(env):
+        return {name: seen(env, kind, wanted) for name, wanted in WANTED.items()}
+
+    return testing.run(t.ranks(kind))(rank)()
+
+
 @each_kind
-@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", HALF)
 def test_presets_keep_weights_in_float32_and_compute_as_named(kind, name):
     """Weights, gradients and moments are float32; outputs stay in the compute dtype."""
     wide = {torch.float32}
-    for dtypes in testing.run(t.ranks(kind))(seen)(kind, name):
+    for dtypes in (rank[name] for rank in dtypes_of(kind)):
         assert dtypes["output"] == {HALF[name]}
         assert all(dtypes[k] == wide for k in ("param", "grad", "moment", "buffer"))
         assert dtypes["count"] == {torch.int64}
@@ -93,8 +112,7 @@ def test_presets_keep_weights_in_float32_and_compute_as_named(kind, name):
 @each_kind
 def test_an_output_dtype_is_what_the_loss_sees(kind):
     """Precision(output="fp32") casts what the model returns, and nothing else."""
-    wanted = ax.Precision("fp32", "bf16", output="fp32")
-    for dtypes in testing.run(t.ranks(kind))(seen)(kind, wanted):
+    for dtypes in (rank["output"] for rank in dtypes_of(kind)):
         assert dtypes["output"] == {torch.float32}
         assert dtypes["param"] == {torch.float32}
 
@@ -102,8 +120,7 @@ def test_an_output_dtype_is_what_the_loss_sees(kind):
 @each_kind
 def test_pure_bfloat16_holds_everything_in_it(kind):
     """Weights, gradients, moments and buffers; integers stay integers."""
-    wanted = ax.Precision(param="bf16", compute="bf16", buffer="bf16")
-    for dtypes in testing.run(t.ranks(kind))(seen)(kind, wanted):
+    for dtypes in (rank["pure"] for rank in dtypes_of(kind)):
         for part in ("param", "grad", "moment", "output", "buffer"):
             assert dtypes[part] == {torch.bfloat16}, part
         assert dtypes["count"] == {torch.int64}

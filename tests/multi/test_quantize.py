@@ -13,6 +13,7 @@ from accelx import testing
 from accelx.engines.packed import Form, pack, unpack
 from tests.laws import training as t
 from tests.multi.test_shard_model import DATA, LAYERS, adapters, flat, llama, spoken
+from tests.unit.passes import test_quantize as small
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.multi
@@ -37,10 +38,8 @@ def rounded(kind):
 
 def trained(trace):
     """A trace of what is trained: what is frozen lies otherwise in the two runs."""
-    return [
-        attrs.evolve(step, weights={n: w for n, w in step.weights.items() if "lora" in n})
-        for step in trace
-    ]
+    kept = [{n: w for n, w in s.weights.items() if "lora" in n} for s in trace]
+    return [attrs.evolve(s, weights=w) for s, w in zip(trace, kept, strict=True)]
 
 
 @cache
@@ -51,7 +50,7 @@ def judge(kind):
 
 
 def gaps(env, kind, place, *more):
-    """How far a run is from the judge over packed weights, and from that over others."""
+    """How far a run is from the judge over packed weights, and over unrounded ones."""
     env = env if place == "hsdp" else flat(env)
     shard = ax.shard_model(env, place, LAYERS)
     tx = ax.chain(ax.quantize(kind), shard, ax.clip(0.05), *more)
@@ -115,6 +114,29 @@ def test_adapters_over_packed_weights_are_trained_as_by_hand(case):
 def test_a_run_over_packed_slices_goes_on_on_one_rank():
     """Adapters are saved, the base is told by fingerprint, however it is cut."""
     assert max(rank["moved"] for rank in found()) < NEAR
+
+
+def half(env, place):
+    """Two steps in bf16: the loss of the second, and what was trained, in full."""
+    tx = ax.chain(
+        ax.quantize("nf4"), ax.with_precision("bf16"), ax.shard_model(env, place)
+    )
+    state = ax.init(tx, small.net, small.optimizer)
+    step = ax.step(tx, small.loss)
+    mine = small.ROWS.chunk(env.world)[env.rank]
+    for _ in range(2):
+        state, out = step(state, mine)
+    weights = {n: t.whole(p) for n, p in small.trained(state.model).items()}
+    return float(out.loss), weights
+
+
+def test_in_bf16_slices_compute_as_copies_do():
+    """fsdp2 gathers packed weights as bytes, beside others in 16 bits."""
+    ranks = testing.run(2)(lambda env: [half(env, k) for k in ("ddp", "fsdp2")])()
+    for (loss, weights), (other, sliced) in ranks:
+        assert abs(loss - other) < 1e-6
+        assert small.gap(weights, sliced) < 1e-6
+        assert small.gap(weights, small.by_hand(small.rounded("int8"), True)) > 1e-5
 
 
 def differing(env, kind):

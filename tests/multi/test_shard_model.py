@@ -212,25 +212,36 @@ LAYOUTS = {  # ranks, axes, kind, options
 }
 
 
-def on(kind, *args):
-    """`described` on the ranks of a layout: rank 0's."""
+def on(kind, jobs):
+    """`described` of each job, in one launch on the ranks of a layout: rank 0's."""
     world, axes = LAYOUTS[kind][:2]
-    return testing.run(world, axes=axes, timeout=90)(described)(kind, *args)[0]
+
+    def rank(env):
+        return {name: described(env, kind, *job) for name, job in jobs.items()}
+
+    return testing.run(world, axes=axes, timeout=90)(rank)()[0]
 
 
 @pytest.fixture(scope="module")
 def saves(tmp_path_factory):
     """Layout -> URL and what was saved."""
     folder = tmp_path_factory.mktemp("layouts")
-    return {kind: on(kind, str(folder / kind)) for kind in LAYOUTS}
+    return {k: on(k, {k: (str(folder / k),)})[k] for k in LAYOUTS}
+
+
+@pytest.fixture(scope="module")
+def loads(saves):
+    """Reader -> writer -> what was loaded: hsdp reads all, and all read hsdp's."""
+    urls = {kind: (None, saved[0]) for kind, saved in saves.items()}
+    return {k: on(k, urls if k == "hsdp" else {"hsdp": urls["hsdp"]}) for k in LAYOUTS}
 
 
 @pytest.mark.parametrize("other", LAYOUTS)
-def test_hsdp_loads_what_others_saved_and_they_what_it_did(saves, other):
+def test_hsdp_loads_what_others_saved_and_they_what_it_did(saves, loads, other):
     """Weights, moments and options to the bit (L5), and the next step from there."""
     for writer, reader in {("hsdp", other), (other, "hsdp")}:
-        url, wanted, after = saves[writer]
-        _, found, then = on(reader, None, url)
+        _, wanted, after = saves[writer]
+        _, found, then = loads[reader][writer]
         assert odd.differing(wanted, found) == []
         assert (then - after).abs().max() < EXACT
 
@@ -458,11 +469,8 @@ EFFECTS = {
 
 def test_options_do_what_they_say():
     """Fewer gathers, over fewer ranks, sooner, or none."""
-
-    def rank(env):
-        return {name: gathers(env, **options) for name, options in EFFECTS.items()}
-
-    for found in testing.run(4, timeout=60)(rank)():
+    for rank in looked():
+        found = rank["gathers"]
         before, total, sizes = found["default"]
         assert sizes == {4}
         assert found["one"][:2] == (before + 1, total)
@@ -642,51 +650,66 @@ def refused(env):
     return found
 
 
+def two_axes(env):
+    """What fsdp2 says of an Env with two axes, and how often the model was made."""
+    env, made = ax.connect(env, axes="replicate=1,shard=2"), []
+    with pytest.raises(ax.PlacementError) as caught:
+        ax.init(ax.shard_model(env, "fsdp2"), lambda: made.append(1))
+    return str(caught.value), len(made)
+
+
+def remedied(env):
+    """What was refused, done as the errors say; what a named method gives."""
+    for options in ({"ignored": "0.bias"}, {"ignored": nn.Linear}):
+        ax.init(ax.shard_model(env, "fsdp2", "0", **options), doubled)
+    wanted = ax.with_precision("fp32")
+    ax.init(ax.chain(wanted, ax.shard_model(env, "fsdp2", "0")), doubled)
+    tx = ax.shard_model(env, "fsdp2", "layers.3", methods="layers.3.extra_repr")
+    return ax.init(tx, t.made()).model.layers[3].extra_repr()
+
+
+@cache
+def placements():
+    """What two ranks refuse, and what they then take, in one launch."""
+    cases = {f.__name__: f for f in (refused, two_axes, remedied)}
+    return testing.run(2, timeout=90)(all_of(cases))()
+
+
 def test_what_cannot_be_placed_is_refused_before_anything_moves():
     """By name, with what to write, and without a collective."""
-    for found in testing.run(2, timeout=60)(refused)():
-        assert found.keys() == REFUSED.keys()
+    for rank in placements():
+        assert rank["refused"].keys() == REFUSED.keys()
 
 
 def test_two_axes_are_refused_before_the_model_is_made():
     """fsdp2 lies over one; which of them would be unsaid."""
-
-    def rank(env):
-        made = []
-        with pytest.raises(ax.PlacementError, match='write "hsdp"'):
-            ax.init(ax.shard_model(env, "fsdp2"), lambda: made.append(1))
-        assert not made
-
-    testing.run(2, axes="replicate=1,shard=2")(rank)()
+    for rank in placements():
+        said, made = rank["two_axes"]
+        assert 'write "hsdp"' in said
+        assert made == 0
 
 
 def test_the_remedy_of_each_is_taken():
     """Two dtypes whole or by precision, a method of a block that is named."""
+    assert [rank["remedied"] for rank in placements()] == ["", ""]
 
-    def rank(env):
-        for options in ({"ignored": "0.bias"}, {"ignored": nn.Linear}):
-            ax.init(ax.shard_model(env, "fsdp2", "0", **options), doubled)
-        wanted = ax.with_precision("fp32")
-        ax.init(ax.chain(wanted, ax.shard_model(env, "fsdp2", "0")), doubled)
-        tx = ax.shard_model(env, "fsdp2", "layers.3", methods="layers.3.extra_repr")
-        assert ax.init(tx, t.made()).model.layers[3].extra_repr() == ""
 
-    testing.run(2)(rank)()
+def unused(env, kind):
+    """What a step says of a weight that no rank uses."""
+    where = env if kind == "hsdp" else flat(env)
+    sgd = lambda m: torch.optim.SGD(m.parameters(), 0.1)  # noqa: E731
+    batch = t.part(env, [torch.ones(4, 2).double()])
+    tx = ax.shard_model(where, kind, "layers.*")
+    with pytest.raises(ax.UnusedParameterError) as caught:
+        ax.step(tx, gan.square)(ax.init(tx, gan.partly, sgd), batch)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["fsdp2", "hsdp"])
 def test_unused_parameters_are_named_by_kind(kind):
     """Also where some ranks use them, which slices cannot do."""
-
-    def rank(env):
-        where = env if kind == "hsdp" else flat(env)
-        sgd = lambda m: torch.optim.SGD(m.parameters(), 0.1)  # noqa: E731
-        batch = t.part(env, [torch.ones(4, 2).double()])
-        tx = ax.shard_model(where, kind, "layers.*")
-        with pytest.raises(ax.UnusedParameterError, match=f'"{kind}", unused="allow"'):
-            ax.step(tx, gan.square)(ax.init(tx, gan.partly, sgd), batch)
-
-    testing.run(4, axes=AXES)(rank)()
+    for rank in looked():
+        assert f'"{kind}", unused="allow"' in rank["unused"][kind]
 
 
 def bytes_held(env, kind, **options):
@@ -716,21 +739,39 @@ def bytes_held(env, kind, **options):
     return weights, grads, sum(t.local(v).nbytes for v in held)
 
 
-def test_each_kind_holds_what_the_table_says():
-    """Bytes of a rank are the model's over its slices, as docs/sharding.md has it."""
+HOLDING = {
+    "ddp": ("ddp", {}),
+    "fsdp2": ("fsdp2", {}),
+    "hsdp": ("hsdp", {}),
+    "kept": ("hsdp", {"reshard_after_forward": False}),
+    "whole": ("fsdp2", {"ignored": "layers.0"}),
+}
+
+
+@cache
+def looked():
+    """What is counted on each of four ranks, in one launch."""
 
     def rank(env):
-        kept = {"reshard_after_forward": False}
         return {
-            "ddp": bytes_held(env, "ddp"),
-            "fsdp2": bytes_held(env, "fsdp2"),
-            "hsdp": bytes_held(env, "hsdp"),
-            "kept": bytes_held(env, "hsdp", **kept),
-            "whole": bytes_held(env, "fsdp2", ignored="layers.0"),
+            "gathers": {
+                name: gathers(env, **options) for name, options in EFFECTS.items()
+            },
+            "unused": {kind: unused(env, kind) for kind in ("fsdp2", "hsdp")},
+            "bytes": {
+                name: bytes_held(env, kind, **options)
+                for name, (kind, options) in HOLDING.items()
+            },
         }
 
+    return testing.run(4, axes=AXES, timeout=120)(rank)()
+
+
+def test_each_kind_holds_what_the_table_says():
+    """Bytes of a rank are the model's over its slices, as docs/sharding.md has it."""
     size = 4 * 64 * 64 * 4
-    for found in testing.run(4, axes=AXES, timeout=60)(rank)():
+    for rank in looked():
+        found = rank["bytes"]
         assert found["ddp"] == (size, size, 2 * size)
         assert found["fsdp2"] == (size // 4, size // 4, size // 2)
         assert found["hsdp"] == found["kept"] == (size // 2, size // 2, size)

@@ -290,7 +290,7 @@ def found(world, cases):
             runs["refused", name] = refused(env, name)
         return runs
 
-    return testing.run(world, timeout=150)(rank)()
+    return testing.run(world, timeout=300)(rank)()
 
 
 @pytest.mark.parametrize("one", CASES, ids="-".join)

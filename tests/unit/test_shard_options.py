@@ -10,7 +10,7 @@ from accelx.engines.options import KINDS, PowerSGD, copies, laid_out, shards
 FLAT = ax.Env(world=4, axes=(ax.Axis("data", 4),))
 MESH = ax.Env(world=4, axes=(ax.Axis("replicate", 2), ax.Axis("shard", 2)))
 TURNED = ax.Env(world=4, axes=(ax.Axis("shard", 2), ax.Axis("replicate", 2)))
-CUBE = ax.Env(world=4, axes=(*MESH.axes, ax.Axis("tensor", 1)))
+CUBE = ax.Env(world=4, axes=(*MESH.axes, ax.Axis("more", 1)))
 NAMED = {
     "FLAT": FLAT,
     "MESH": MESH,
@@ -26,7 +26,7 @@ WRONG = [  # env, kind, options, what the error says
     (FLAT, "zero", {}, r"wants one of 'ddp', 'fsdp2', 'hsdp', .*got 'zero'"),
     (FLAT, "hsdp", {}, HYBRID),
     (TURNED, "hsdp", {}, r"\(shard=2, replicate=2\); write"),
-    (CUBE, "hsdp", {}, r"tensor=1\); write"),
+    (CUBE, "hsdp", {}, r"more=1\); write"),
     (ax.Env(world=3), "hsdp", {}, r"ranks are \(none\); write.*replicate=1,shard=-1"),
     (FLAT, "ddp", {"unused": "maybe"}, r"unused=.*got 'maybe'; write"),
     (FLAT, "ddp", {"offload": True}, r"option of fsdp2 and hsdp and deepspeed.*'ddp'"),

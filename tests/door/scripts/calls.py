@@ -1,4 +1,4 @@
-"""`calls.py CASE`: calls spawn from a program, and says what came of it."""
+"""`calls.py CASE ...`: calls spawn from a program, and says what came of each call."""
 
 import os
 import sys
@@ -56,10 +56,13 @@ CASES = {
     "none": lambda: ax.spawn(bad, n=0),
 }
 
-if __name__ == "__main__":
+
+def say(case):
+    """What came of one call, under its name."""
+    print(f"== {case}")
     try:
-        results = CASES[sys.argv[1]]()
-        if sys.argv[1] == "local":
+        results = CASES[case]()
+        if case == "local":
             print([(type(a) is Answer, a.rank, m is threading) for a, m in results])
         else:
             print([(t.item(), type(a) is Answer, a.rank) for t, a in results])
@@ -67,3 +70,8 @@ if __name__ == "__main__":
         print("SpawnError:", error)
     except LookupError as error:
         print(f"{type(error).__name__}: {error}, from {error.__cause__!r}")
+
+
+if __name__ == "__main__":
+    for case in sys.argv[1:]:
+        say(case)

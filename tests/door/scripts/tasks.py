@@ -6,9 +6,12 @@ ranks get that signal after the second line of output, as before a time limit.
 """
 
 import os
+import runpy
 import signal
-import subprocess
 import sys
+from pathlib import Path
+
+import accelx as ax
 
 RANKS = 2
 
@@ -38,22 +41,32 @@ def variables(kind, rank):
 
 
 def started(kind, rank, words):
-    """One rank; its output is read by whoever reads ours, rank 0's by us first."""
-    more = {**variables(kind, rank), "GLOO_SOCKET_IFNAME": "lo"}
-    out = subprocess.PIPE if rank == 0 else None
-    return subprocess.Popen(words, env={**os.environ, **more}, stdout=out, text=True)
+    """(pid, output) of one rank: rank 0's is for us to read, the other's is ours."""
+    read, write = os.pipe()
+    pid = os.fork()  # torch is imported, once for all ranks
+    if pid:
+        os.close(write)
+        return pid, read
+    if rank == 0:
+        os.dup2(write, sys.stdout.fileno())
+    os.environ |= {**variables(kind, rank), "GLOO_SOCKET_IFNAME": "lo"}
+    sys.argv, sys.path[0] = words, str(Path(words[0]).parent)
+    runpy.run_path(words[0], run_name="__main__")
+    return sys.exit()
 
 
 def main(kind, *words):
     """Start the ranks. Options are those before the program, `python`."""
-    words = words[words.index("python") :]
+    words = words[words.index("python") + 1 :]
     ranks = [started(kind, rank, words) for rank in range(RANKS)]
-    for number, line in enumerate(ranks[0].stdout):
+    for number, line in enumerate(os.fdopen(ranks[0][1])):
         sys.stdout.write(line)
         if number == 1 and os.environ.get("SEND"):
-            for rank in ranks:
-                rank.send_signal(signal.Signals[f"SIG{os.environ['SEND']}"])
-    return max(rank.wait() % 256 for rank in ranks)
+            for pid, _ in ranks:
+                os.kill(pid, signal.Signals[f"SIG{os.environ['SEND']}"])
+    ends = [os.waitpid(pid, 0)[1] for pid, _ in ranks]
+    return max(os.waitstatus_to_exitcode(end) % 256 for end in ends)
 
 
+[getattr(ax, name) for name in ax.__all__]  # imports them, before any fork
 sys.exit(main(*sys.argv[1:]))

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 import accelx as ax
 from accelx.engines.packed import Form, pack, unpack
@@ -36,7 +35,7 @@ def net(seed=1):
 
 
 def rounded(kind, make=net):
-    """The same as plain torch has it: floats that are what the packed ones stand for."""
+    """The same in plain torch, with the floats that packed weights stand for."""
     model = make()
     weight = model[0].base.weight
     packed = pack(weight, kind)
@@ -148,9 +147,13 @@ def test_what_is_trained_is_as_by_hand_over_the_same_weights(kind, half):
     assert gap(trained(state.model), by_hand(net(), half)) > 1e-6  # the control
 
 
+# torch.compile itself makes one where it traces a function of autograd
+@pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated")
 def test_compiled_code_computes_the_same():
     """By a backend that traces forward and backward, and is quick."""
-    tx = ax.chain(ax.quantize("nf4"), ax.compile("0", backend="aot_eager"))
+    tx = ax.chain(
+        ax.quantize("nf4"), ax.compile("0", backend="aot_eager", fullgraph=True)
+    )
     state = steps(tx)
     assert gap(trained(state.model), by_hand(rounded("nf4"))) < 1e-6
     assert state.slots["compile"].compilations > 0
@@ -198,7 +201,7 @@ def test_a_cast_of_the_model_leaves_packed_weights():
 
 
 def test_a_module_that_reads_weights_itself_fails_aloud():
-    """torch's encoder layer has a fast path in C++ that takes floats; without it, fine."""
+    """torch's encoder layer has a fast path in C++ that takes floats; one other."""
     layer = nn.TransformerEncoderLayer(64, 4, 64, 0.0, batch_first=True)
     layer.requires_grad_(False).eval()
     want, x = copy.deepcopy(layer), torch.randn(2, 3, 64)
@@ -252,7 +255,7 @@ def test_wrong_settings_and_chains_are_refused():
     """Before a model is made."""
     with pytest.raises(ValueError, match="'nf4', got 'nf8'"):
         ax.quantize("nf8")
-    with pytest.raises(TypeError, match="wants a torch.nn.Module, got int"):
+    with pytest.raises(TypeError, match=r"wants a torch\.nn\.Module, got int"):
         ax.quantize("nf4")(3)
     env = ax.Env()
     with pytest.raises(ax.OrderError, match="packed before they are sent"):
@@ -316,7 +319,7 @@ def test_packed_weights_do_not_leave_as_if_they_were_floats(tmp_path):
     env, url = ax.Env(), str(tmp_path / "run")
     state = steps(saving(env, url, "int8", None), count=2)
     for source in ((env, state), url):
-        with pytest.raises(ax.CheckpointError, match="0.base.weight; leave them out"):
+        with pytest.raises(ax.CheckpointError, match=r"0\.base\.weight; leave them"):
             ax.export(source, tmp_path / "out")
     ax.export(url, tmp_path / "out", only=("0.down.*", "0.up.*"))
     with pytest.raises(ax.CheckpointError, match="packed by quantize"):

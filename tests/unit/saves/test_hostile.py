@@ -443,7 +443,7 @@ def test_places_outside_a_random_generator_are_refused(sound, tmp_path, which):
     refused(tmp_path, "places in 624 words, got .*1048576")
 
 
-@settings(max_examples=2000)
+@settings(max_examples=1000)
 @given(seed=st.integers(0, 2**63))  # drawing each choice by itself takes three times
 def test_any_other_lie_is_read_or_refused(sound, lies, seed):
     """Only errors about checkpoints come out, whatever the file says."""
