@@ -1,5 +1,6 @@
 """A training step by each engine, against the same calls by hand, on CPU ranks.
 
+    pip install -e ".[bench,deepspeed]"
     python benchmarks/engines.py [--rounds 15] [--only fsdp2 ...] [--ranks 2 4]
 
 Four blocks (LayerNorm, width to four times width, back), mean square, AdamW. By hand,

@@ -49,11 +49,12 @@ def shard_stages(
     """Cut the model into stages over the axis stage of `env` (pipeline parallel).
 
     `env = connect(axes="data=-1,stage=2")`; shard_model in the same chain places each
-    stage over the other ranks ("ddp", "fsdp2", "hsdp"). split: the names, or globs that
-    take one module each, of the first module of every later stage, "layers.2"; or
-    "balanced": blocks of the longest list, by numbers of weights, or with a `sample` (a
-    tuple of the model's arguments, or a dict) by floating-point operations. Modules
-    belong to stages in the order in which they are registered, or with a sample run.
+    stage over the other ranks ("ddp", "fsdp2", "hsdp"), and shard_tensors may cut its
+    layers. split: the names, or globs that take one module each, of the first module of
+    every later stage, "layers.2"; or "balanced": blocks of the longest list, by numbers
+    of weights, or with a `sample` (a tuple of the model's arguments, or a dict) by
+    floating-point operations. Modules belong to stages in the order in which they are
+    registered, or with a sample run.
 
     n: at least so many microbatches, of equal size, are cut from a rank's rows; a
     memory and time dial that changes no number. schedule: "gpipe" or "1f1b" with one

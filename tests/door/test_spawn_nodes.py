@@ -43,7 +43,7 @@ def start(tmp_path):
         started = []
 
         def one(*words, before=(), **more):
-            out = (tmp_path / f"out-{len(started)}").open("w+")
+            out = stack.enter_context((tmp_path / f"out-{len(started)}").open("w+"))
             if before:
                 process = subprocess.Popen(
                     [*before, *command(*words)],
@@ -52,11 +52,11 @@ def start(tmp_path):
                     stdout=out,
                     stderr=out,
                 )
+                stack.callback(process.wait)
+                stack.callback(process.kill)
             else:
                 process = Forked(*words, stdout=out.fileno(), folder=ROOT, **more)
-            stack.callback(out.close)
-            stack.callback(process.wait)
-            stack.callback(process.kill)
+                stack.callback(process.close)
             process.said = Path(out.name).read_text
             started.append(process)
             return process

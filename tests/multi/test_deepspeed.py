@@ -326,7 +326,10 @@ def halves(env, place):
 
 
 def few_bits(env, kind, wanted):
-    """The trace of two steps in a precision."""
+    """The trace of two steps in a precision.
+
+    Not kept as the others: stage 3 has torch round otherwise from its first start on.
+    """
     tx = chain(env, kind, ax.with_precision(wanted))
     return go_on(env, tx, ax.init(tx, single, t.grouped), t.masked, DATA[:2])[1]
 

@@ -286,9 +286,9 @@ def chained(env, case, *first):
     return ax.chain(*first, *passes, place, clip, ax.with_schedule(t.curve))
 
 
-def trained(env, case, loss=loss):
+def trained(env, case, loss=loss, tx=None):
     """The last state of a case, and the gaps of losses, norms and weights."""
-    tx, data = chained(env, case), batches(dtype_of(case))
+    tx, data = tx or chained(env, case), batches(dtype_of(case))
     state, gaps = ax.init(tx, model_of(case), method(case)[0]), [0.0]
     step = ax.step(tx, loss)
     for batch, want in zip(data, judged(case), strict=True):
@@ -328,7 +328,7 @@ def found(ranks):
         return cases, more[ranks](env)
 
     more = {2: lambda env: (control(env), refused(env, 2), halves(env, 2))}
-    more[4] = lambda env: (counts(env), refused(env, 4), halves(env, 4))
+    more[4] = lambda env: (counts(env), refused(env, 4), halves(env, 4), staged(env))
     return testing.run(ranks, timeout=150)(rank)()
 
 
@@ -395,7 +395,7 @@ def error_of(env, pair):
 def test_what_does_not_go_together_says_why(ranks):
     """On every rank, in the words of the page."""
     marks, words = parallel_page.pairs(), parallel_page.refusals()
-    for _, (_, errors, _) in found(ranks):
+    for _, (_, errors, *_) in found(ranks):
         assert errors
         for pair, error in errors.items():
             assert words[marks[pair]] in error, (pair, error)
@@ -426,8 +426,40 @@ def counts(env):
 def test_each_sample_counts_once_along_every_axis():
     """Fed, gathered, divided by hand and reduced."""
     for _, (layouts, *_) in found(4):
+        assert layouts.keys() == {*FED}
         for axes, got in layouts.items():
             assert got == (list(range(11)), 55.0, 11.0), axes
+
+
+LATER = ["layers.0", "layers.1", "norm"]  # four stages
+STAGED = {  # schedule: plan
+    "interleaved": PLAN | {"head": "loss"},
+    "zbv": PLAN,
+}
+
+
+def staged(env):
+    """The gaps of layers that are cut in two stages a rank; what a plan is told."""
+    env, found = ax.connect(env, axes="stage=2,tensor=2"), {}
+
+    def tx(plan, schedule):
+        cut = ax.shard_stages(env, LATER, 2, schedule)
+        rest = (ax.clip(t.LIMIT), ax.with_schedule(t.curve))
+        return ax.chain(ax.shard_tensors(env, plan), cut, ax.shard_model(env), *rest)
+
+    case = ("stage=2,tensor=2", "ddp", "shard_stages", "shard_tensors")
+    for schedule, plan in STAGED.items():
+        found[schedule] = trained(env, case, loss, tx(plan, schedule))[1]
+    with pytest.raises(ax.PlacementError) as caught:
+        ax.init(tx(PLAN | {"norm": "sequence_gather"}, "zbv"), made(), t.grouped)
+    return found, str(caught.value)
+
+
+def test_layers_are_cut_in_each_schedule():
+    """Logits that stay cut, too; positions that are cut are refused with the glob."""
+    for _, (*_, (gaps, said)) in found(4):
+        assert max(gaps.values()) < 1e-10, gaps
+        assert "says 'sequence_gather' of norm" in said
 
 
 HALF = {  # ranks: (axes, kind, pass)
@@ -473,5 +505,5 @@ def half(env, case):
 def test_an_overflow_on_one_rank_is_skipped_by_all(ranks):
     """Wherever it is, and the scale is halved once, on each rank."""
     wanted = [(True, 256.0), (False, 128.0), (True, 128.0), (True, 128.0)]
-    for _, (*_, cases) in found(ranks):
+    for _, (_, _, cases, *_) in found(ranks):
         assert cases == [wanted] * len(HALF[ranks])

@@ -20,6 +20,7 @@ from tests.multi import test_engines as gan
 pytestmark = [pytest.mark.multi, t.quiet_views]
 AXES = "replicate=2,shard=2"
 DATA = t.batches()
+MADE = t.made()
 EXACT = 1e-12
 
 
@@ -33,14 +34,20 @@ def at(env, kind):
     return (env.rank % 2, 2) if kind == "hsdp" else (env.rank, env.world)
 
 
-def gap(env, kind, *rest, loss=t.masked, make=None, module=False, **more):
+@cache
+def judge(make, loss):
+    """The run by hand that cases are held to; of many it is the same."""
+    return t.by_hand(make, loss, t.grouped, DATA)
+
+
+def gap(env, kind, *rest, loss=t.masked, make=MADE, module=False, **more):
     """How far a run lies from the one by hand; the model as a function or a module."""
-    split, make = more.pop("split", t.even), make or t.made()
+    split = more.pop("split", t.even)
     where = env if kind == "hsdp" else flat(env)
     place = ax.shard_model(where, kind, **{"blocks": "layers.*", **more})
     tx = ax.chain(place, *rest, ax.clip(t.LIMIT), ax.with_schedule(t.curve))
     run = t.train(tx, where, make() if module else make, loss, t.grouped, DATA, split)
-    return t.apart(t.by_hand(make, loss, t.grouped, DATA), run, *at(env, kind))
+    return t.apart(judge(make, loss), run, *at(env, kind))
 
 
 def miscounted(env):
@@ -154,6 +161,7 @@ def hybrid():
     """Each case of hsdp, by rank, in one launch."""
     counts = {n: lambda env, n=n: reductions(env, n) for n in (1, 3)}
     cases = HYBRID | HYBRID_CONTROLS | counts
+    judge(MADE, t.masked)  # before the fork, for all ranks at once
     return testing.run(4, axes=AXES, timeout=150)(all_of(cases))()
 
 
@@ -421,6 +429,7 @@ def unreduced(env):
 def sliced():
     """Each option of fsdp2 and hsdp, by rank, in one launch."""
     cases = SLICED | PRECISE | {"control": unreduced}
+    judge(tiny, t.masked)  # before the fork, for all ranks at once
     return testing.run(4, axes=AXES, timeout=150)(all_of(cases))()
 
 

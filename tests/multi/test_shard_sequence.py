@@ -198,7 +198,9 @@ def gaps(axes):
 
     def rank(env):
         found = {case: run_case(env, *case) for case in LAYOUTS[axes]}
-        return found | (controls(env) if axes == "sequence=2" else {})
+        if axes == "sequence=2":
+            found |= controls(env) | {"refused": refusals(env)}
+        return found
 
     ranks = 2 if axes == "sequence=2" else 4
     return testing.run(ranks, timeout=120, axes=axes)(rank)()
@@ -425,7 +427,7 @@ def refusals(env):
 
 def test_what_would_be_wrong_is_refused_with_what_to_write():
     """On all ranks alike, before any of them waits for another."""
-    found = testing.run(2, axes="sequence=2")(refusals)()
+    found = [rank["refused"] for rank in gaps("sequence=2")]
     assert found[0] == found[1]
     words = {
         "shifted": "LossError.*4 of 8 tokens, but __getitem__.*shift labels where",

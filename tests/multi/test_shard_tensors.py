@@ -17,6 +17,7 @@ import accelx as ax
 from accelx.env_part import rows_env
 from accelx.testing import run
 from tests.laws import training as t
+from tests.multi import test_shard_model as peft
 
 pytestmark = [
     pytest.mark.multi,
@@ -337,8 +338,33 @@ WRONG = {  # what is wrong: (plan, words of the error)
 }
 
 
+LAYERS = "base_model.model.model.layers.*.mlp."
+ADAPTED = {  # an adapter of a Linear that is cut by inputs has its first table cut so
+    LAYERS + "gate_proj": "column",
+    LAYERS + "up_proj": "column",
+    LAYERS + "down_proj.base_layer": "row",
+    LAYERS + "down_proj.lora_A.default": "row",
+}
+
+
+def adapted(env):
+    """The gap of peft's adapters over a split Llama, and what "auto" says of it."""
+    env = ax.connect(env, axes="tensor=2")
+    make, plan = lambda: peft.llama(True), ax.shard_tensors(env, ADAPTED)
+    tx = ax.chain(
+        plan, ax.shard_model(env), ax.clip(t.LIMIT), ax.with_schedule(t.curve)
+    )
+    judge = t.by_hand(make, peft.spoken, peft.adapters, t.batches())
+    gap = t.apart(judge, train(env, tx, make, peft.spoken, peft.adapters))
+    tx = ax.chain(ax.shard_tensors(env), ax.shard_model(env))
+    with pytest.raises(ax.PlacementError) as caught:
+        ax.init(tx, make, peft.adapters)
+    return gap, str(caught.value)
+
+
 def on_two(env, folder):
     found = {
+        "adapted": adapted(env),
         "gaps": gaps(env, CASES) | reals(env, "tensor=2", "ddp", MODELS),
         "kept": kept(env, f"{folder}/2", "tensor=2", "ddp", LOGITS),
         "half": half(env),
@@ -386,6 +412,14 @@ def test_a_plan_that_does_not_fit_is_refused(name):
     """By a name and what to write; a partial gradient that none would see, too."""
     for rank in two():
         assert re.search(WRONG[name][1], rank["wrong"][name]), rank["wrong"][name]
+
+
+def test_adapters_train_over_a_split_base():
+    """By a written plan (Llama's norms are float32); "auto" refuses unknown names."""
+    for rank in two():
+        gap, told = rank["adapted"]
+        assert gap < 1e-6
+        assert "does not know base_model.model.model.layers.0.self_attn" in told
 
 
 def test_an_option_of_whole_weights_is_refused():

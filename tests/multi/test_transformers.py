@@ -20,6 +20,8 @@ pytestmark = [
     pytest.mark.multi,
     t.quiet_views,
     pytest.mark.filterwarnings("ignore:While redistributing:UserWarning"),
+    # a row alone: of ViT's class token, whose gradient is a part of another
+    pytest.mark.filterwarnings("ignore:Grad strides do not match:UserWarning"),
 ]
 WORDS, STEPS = 24, 10
 SIZE = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
@@ -134,6 +136,7 @@ class Real:
     dtype: torch.dtype = torch.float64
 
 
+SINGLE = 2e-6  # float32
 ROUND = 1e-6  # norms and rotations are taken in float32, whatever the weights are
 MODELS = {
     "bert": Real(bert, "bert.encoder.layer.*", "BertLayer", masked),
@@ -153,7 +156,7 @@ MODELS = {
         mixtral,
         "model.layers.*",
         "MixtralDecoderLayer",
-        within=2e-6,
+        within=SINGLE,
         dtype=torch.float32,
     ),
 }
@@ -235,7 +238,11 @@ def chain(env, i, name, kind):
         more = {"blocks": blocks, "methods": real.methods}
     model = ax.shard_model(env, "ddp" if kind == "tensor" else kind, **more)
     place = ax.chain(ax.shard_tensors(env), model) if kind == "tensor" else model
-    rest = (ax.accumulate(1 + i % 3), ax.clip(t.LIMIT), ax.with_schedule(t.curve))
+    rest = (
+        ax.accumulate(2 if i % 3 == 1 else 1),
+        ax.clip(t.LIMIT),
+        ax.with_schedule(t.curve),
+    )
     return ax.chain(place, *rest)
 
 
@@ -305,10 +312,10 @@ def test_four_ranks_train_and_speak_as_one_process(one):
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is missing")
 @pytest.mark.parametrize("one", TWO, ids="-".join)
 def test_two_ranks_of_deepspeed_train_and_speak_as_one_process(one):
-    """The same at ZeRO stage 2."""
+    """The same at ZeRO stage 2, which takes no float64."""
     for rank in found(2, tuple(TWO)):
         gap, same = rank[one]
-        assert gap < MODELS[one[0]].within
+        assert gap < SINGLE
         assert same
 
 

@@ -49,7 +49,7 @@ def local():
 CASES = {
     "good": lambda: ax.spawn(good, 1, n=2),
     "bad": lambda: ax.spawn(bad, n=2),
-    "slow": lambda: ax.spawn(slow, n=2, timeout=8),
+    "slow": lambda: ax.spawn(slow, n=2, timeout=10),
     "local": lambda: ax.spawn(local(), n=1),
     "lock": lambda: ax.spawn(local, threading.Lock(), n=2),
     "unsendable": lambda: ax.spawn(unsendable, n=1),

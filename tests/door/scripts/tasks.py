@@ -50,7 +50,7 @@ def started(kind, rank, words):
     if rank == 0:
         os.dup2(write, sys.stdout.fileno())
     os.environ |= {**variables(kind, rank), "GLOO_SOCKET_IFNAME": "lo"}
-    sys.argv, sys.path[0] = words, str(Path(words[0]).parent)
+    sys.argv, sys.path[0] = [*words], str(Path(words[0]).parent)
     runpy.run_path(words[0], run_name="__main__")
     return sys.exit()
 
