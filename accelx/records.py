@@ -211,8 +211,8 @@ class Precision(_Coded):
     """Which dtype each thing has: "fp64" "fp32" "bf16" "fp16", or None to leave it be.
 
     `param`: trainable weights, and with them gradients and optimizer state. `compute`:
-    matrix products, here "fp8" too. `reduce`: gradients on the wire. `output`: what the model returns
-    (None: whatever `compute` made). `buffer`: floating-point buffers.
+    matrix products, here "fp8" too. `reduce`: gradients on the wire. `output`: what the
+    model returns (None: whatever `compute` made). `buffer`: floating-point buffers.
     """
 
     param: str | None = None

@@ -84,8 +84,8 @@ def main() -> None:
     lines = [
         "# A simulated rank of 1,024, Llama of 70 B parameters",
         "",
-        f"float32, AdamW, one row of {TOKENS} tokens a rank, blocks computed again in the",
-        "backward pass. GiB that rank 0 holds, and that it sends in a step. "
+        f"float32, AdamW, one row of {TOKENS} tokens a rank, blocks computed again in",
+        "the backward pass. GiB that rank 0 holds, and that it sends in a step. "
         f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
         f"{time.strftime('%Y-%m-%d')}; s: seconds that the plan took.",
         "",

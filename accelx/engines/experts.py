@@ -64,8 +64,8 @@ def _fits(name: str, module: nn.Module, ranks: int) -> None:
         shapes = ", ".join(f"{n} {tuple(p.shape)}" for n, p in own.items()) or "none"
         raise PlacementError(
             f"shard_experts wants weights of {name} with one expert a row and no "
-            f"module in it with weights, got {shapes}; stack the experts' weights along "
-            "dim 0"
+            f"module in it with weights, got {shapes}; stack the experts' weights "
+            "along dim 0"
         )
     takes = [p for p in signature(module.forward).parameters.values() if _given(p)]
     if len(takes) < GIVEN:

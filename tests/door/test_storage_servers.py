@@ -28,7 +28,7 @@ for package in ("s3fs", "gcsfs", "moto", "gcp_storage_emulator"):
 MIB = 2**20
 PART = 5 * MIB  # the least that S3 takes for a part that is not the last
 DATA = os.urandom(64 * 1024) * 176 + b"end"  # 11 MiB and a bit: three parts
-DROP = 64 * 1024  # a part in bad weather, where it is sent again and again
+DROP = MIB  # a part in bad weather, where it is sent again and again
 WET = DATA[: 2 * DROP + 3]  # three of those
 SECRET = "tops3cret"
 

@@ -20,7 +20,7 @@ from tests import saving
 from tests.laws.training import grouped, made, quiet_views, same
 
 pytestmark = [pytest.mark.multi, quiet_views]
-FLIPS = 500  # of each kind
+FLIPS = 250  # of each kind
 KINDS = {"plain": 1, "fsdp2": 2}  # ranks that write
 SMALL = ("manifest.json", "commit.json")
 

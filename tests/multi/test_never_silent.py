@@ -54,8 +54,6 @@ def bypassed(model, x):
     return (model.a(x) + model.b(x)).square().mean()
 
 
-
-
 def by_rank(env):
     return lambda model, x: model(x, "a" if env.main else "b").square().mean()
 
