@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from accelx import _torch_simulate, gradients
 from accelx.cut import rows_in
+from accelx.engines.options import SLICED
 from accelx.engines.placed import engine_of
 from accelx.env import close, connect
 from accelx.env_axes import Axes
@@ -84,9 +85,27 @@ def simulate(
     env = Env(rank=rank, world=world, backend="fake")
     try:
         env = connect(env, axes=axes, device="cpu")
-        return _simulated(env, chained(env), model, optim, loss, args)
+        tx = chained(env)
+        _possible(tx)
+        return _simulated(env, tx, model, optim, loss, args)
     finally:
         close(env)
+
+
+def _possible(tx: Transform) -> None:
+    """Refuse what sends from C++ or from other libraries, which nothing answers."""
+    placing = tx.find("shard_model")
+    kind = "no shard_model" if placing is None else repr(placing.kind)
+    inside = tx.find("shard_tensors") or tx.find("shard_experts")
+    if tx.find("shard_stages") is not None:
+        kind = "shard_stages"
+    elif placing is not None and (placing.kind in SLICED or inside):
+        return
+    raise PlacementError(
+        f"simulate wants weights in slices, or cut inside layers, got {kind}; write "
+        'shard_model(env, "fsdp2"). Under "ddp" each rank holds all, and sends twice '
+        "the bytes of the weights"
+    )
 
 
 def _simulated(

@@ -153,6 +153,23 @@ def opened(env):
         simulate(chains("fsdp2"), made, adam, loss, torch.zeros(1, WIDTH), world=8)
 
 
+def unplaced(env):
+    return ax.identity
+
+
+def copied(env):
+    with pytest.raises(ax.PlacementError, match="weights in slices.* got 'ddp'"):
+        simulate(chains("ddp"), made, adam, loss, torch.zeros(1, WIDTH), world=8)
+    with pytest.raises(ax.PlacementError, match="got no shard_model"):
+        simulate(unplaced, made, adam, loss, torch.zeros(1, WIDTH), world=8)
+    return torch.distributed.is_initialized()
+
+
+def test_copies_are_refused_with_what_they_would_take():
+    """And the group that was opened for it is closed again."""
+    assert run(1)(copied)() == [False]
+
+
 def test_an_open_group_is_left_alone():
     """It would be taken for the simulated one."""
     run(2)(opened)()
