@@ -89,6 +89,8 @@ def config(options: Options, tx: Transform) -> dict[str, Any]:
     made = {**_plain(theirs), **copy.deepcopy(_FIXED)}
     made["zero_optimization"] = _offloaded(options, stage, _plain(zero))
     made["zero_optimization"]["stage"] = stage
+    # else stage 3 changes `linear` of torch itself, and with it other models' numbers
+    made["zero_optimization"].setdefault("memory_efficient_linear", False)
     reduce = None if (spec := tx.find("with_precision")) is None else spec.precision
     if reduce is not None and reduce.reduce is not None:
         made["communication_data_type"] = reduce.reduce

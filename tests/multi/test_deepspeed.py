@@ -342,14 +342,18 @@ def halved(env, place):
 
 
 def behaves(env, folder):
-    """All of the above for each place: the gaps, by what they are of."""
-    found = {}
+    """All of the above for each place: the gaps, by what they are of.
+
+    And of ddp before and after: DeepSpeed leaves other engines' numbers alone.
+    """
+    found, before = {}, few_bits(env, "ddp", "bf16")
     for place in PLACES:
         raising(env, place)
         halves(env, place)
         found[place, "average"] = average(env, place)
         found[place, "pair"] = pair(env, place)
         found[place, "bf16"] = halved(env, place)
+    found["ddp", "bf16"] = apart(before, few_bits(env, "ddp", "bf16"))
     return found
 
 

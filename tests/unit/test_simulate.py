@@ -158,7 +158,7 @@ def unplaced(env):
 
 
 def copied(env):
-    with pytest.raises(ax.PlacementError, match="weights in slices.* got 'ddp'"):
+    with pytest.raises(ax.PlacementError, match=r"weights in slices.* got 'ddp'"):
         simulate(chains("ddp"), made, adam, loss, torch.zeros(1, WIDTH), world=8)
     with pytest.raises(ax.PlacementError, match="got no shard_model"):
         simulate(unplaced, made, adam, loss, torch.zeros(1, WIDTH), world=8)
