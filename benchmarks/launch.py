@@ -23,6 +23,16 @@ dist.init_process_group("gloo")
 dist.barrier()
 dist.destroy_process_group()
 """
+FAIL = """
+import os, sys
+import torch.distributed as dist
+dist.init_process_group("gloo")
+dist.barrier()
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
+    os._exit(1)
+dist.barrier()
+dist.destroy_process_group()
+"""
 RANKS = (1, 2, 4, 8)
 GOALS = {
     "2 ranks: accelx.spawn": "at most 0.45",
@@ -63,10 +73,32 @@ def launchers(ranks, script):
     return commands
 
 
-def groups(script):
+def restarts(script):
+    """A rank that fails at once, and a second attempt that ends well.
+
+    torchrun has the setting without which a second attempt may meet ranks of the first.
+    """
+    cure = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    ours = ["-m", "accelx.spawn", "-n", "2", "--restarts", "1", script]
+    return {
+        "a restart: torchrun": [
+            "env",
+            cure,
+            PYTHON,
+            *torchrun,
+            "--max-restarts=1",
+            script,
+        ],
+        "a restart: accelx.spawn": [PYTHON, *ours],
+    }
+
+
+def groups(script, failing):
     """Commands to compare; the first of each group is what the others are held to."""
     return [
         *(launchers(ranks, script) for ranks in RANKS),
+        restarts(failing),
         {
             "import torch": [PYTHON, "-c", "import torch"],
             "import torch, accelx": [PYTHON, "-c", "import torch, accelx"],
@@ -95,9 +127,10 @@ def main():
     rounds = parser.parse_args().rounds
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder) / "meet.py"
+        script, failing = Path(folder) / "meet.py", Path(folder) / "fail.py"
         script.write_text(MEET)
-        for commands in groups(str(script)):
+        failing.write_text(FAIL)
+        for commands in groups(str(script), str(failing)):
             runs = {
                 name: lambda words=words: run(words) for name, words in commands.items()
             }

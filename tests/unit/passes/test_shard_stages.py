@@ -193,7 +193,10 @@ def test_it_prints_as_it_is_written():
 def test_what_is_not_put_together_is_refused_when_the_chain_is_made():
     """Other cuts of a model, and ranks that train apart."""
     one = ax.shard_stages(ENV, "a", 2)
-    for other in (ax.shard_tensors(ax.Env()), ax.with_local_sgd(ENV, 2)):
+    alone = ax.Env()
+    others = (ax.shard_experts(alone), ax.shard_sequence(alone))
+    others += (ax.with_local_sgd(ENV, 2),)
+    for other in others:
         with pytest.raises(ax.OrderError, match="cannot be combined"):
             ax.chain(one, other)
 
