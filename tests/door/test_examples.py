@@ -157,7 +157,9 @@ def test_a_disturbed_run_on_s3_ends_like_an_undisturbed_one(tmp_path):
 def test_each_example_is_run_here():
     """No example is left out."""
     run = {command.split()[0] for command in (*LIGHT, GPT, TRANSFORMERS)}
-    run |= {"resume.py", "ray_train.py"}  # the latter in test_cluster.py
+    run |= {"resume.py"}
+    run |= {"ray_train.py"}  # in test_cluster.py
+    run |= {"three_d.py"}  # in tests/multi/test_three_d.py
     assert run == {path.name for path in EXAMPLES.glob("*.py")}
 
 

@@ -524,16 +524,16 @@ def trained(tmp_path_factory):
 
     def rank(env):
         found = {}
-        for name in ("llama-untied", "gpt2-tied"):
-            blocks = models.MODELS[name][1]
+        for name in ("llama", "gpt2"):
+            blocks = models.MODELS[name].glob
             tx = ax.shard_model(env, "fsdp2", blocks)
-            state = ax.init(tx, models.made(name), models.optim)
-            batch = t.part(env, models.batches()[0])
+            state = ax.init(tx, models.made(name, torch.float32), models.optim)
+            batch = t.part(env, models.batches(name)[0])
             state, _ = ax.step(tx, models.loss)(state, batch)
             ax.save_state(env, folder / name / "saved")(state)
             ax.export((env, state), folder / name / "live", max_shard_size=2000)
             with ax.evaluating(state) as model:
-                logits = model(input_ids=models.batches()[0][0]).logits
+                logits = model(input_ids=models.batches(name)[0][0]).logits
             found[name] = first_names(state.model), logits.clone()
         return found
 
@@ -541,7 +541,7 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize("way", ["live", "saved"])
-@pytest.mark.parametrize("name", ["llama-untied", "gpt2-tied"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_from_pretrained_reads_what_was_trained(name, way, trained):
     """Weights to the bit and the same logits, of shards by ranks or of a checkpoint."""
     import transformers as tf
@@ -554,7 +554,7 @@ def test_from_pretrained_reads_what_was_trained(name, way, trained):
     if way == "saved":
         out = folder / name / "exported"
         ax.export(folder / name / "saved", out, max_shard_size=2000)
-    fresh = models.made(name)()
+    fresh = models.made(name, torch.float32)()
     fresh.config.save_pretrained(out)
     assert len(list(out.glob("model-*.safetensors"))) > 2
     model = tf.AutoModelForCausalLM.from_pretrained(out).eval()
@@ -562,8 +562,8 @@ def test_from_pretrained_reads_what_was_trained(name, way, trained):
     assert held.keys() == wanted.keys()
     assert t.same(held, wanted)
     with torch.no_grad():
-        ours = model(input_ids=models.batches()[0][0]).logits
-        other = fresh.eval()(input_ids=models.batches()[0][0]).logits
+        ours = model(input_ids=models.batches(name)[0][0]).logits
+        other = fresh.eval()(input_ids=models.batches(name)[0][0]).logits
     assert torch.allclose(ours, logits, atol=1e-6)
     assert not torch.allclose(other, logits, atol=1e-4)
 
@@ -572,7 +572,7 @@ def test_what_transformers_writes_is_read_into_slices(trained, tmp_path):
     """Shards of save_pretrained, ties left out, on two ranks from the meta device."""
     from tests.multi import test_transformers as models
 
-    source = models.made("gpt2-tied")()
+    source = models.made("gpt2", torch.float32)()
     source.save_pretrained(tmp_path, max_shard_size="5KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
 
