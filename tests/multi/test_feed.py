@@ -27,7 +27,7 @@ class Here(Sampler):
     """A sampler that each process would order by itself."""
 
     def __iter__(self):
-        start = os.getpid() % 7
+        start = torch.distributed.get_rank()
         return iter([start, *(i for i in range(7) if i != start)])
 
     def __len__(self):
