@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 import sysconfig
-from inspect import currentframe
 from pathlib import Path
 from types import CodeType, FrameType
 
@@ -28,9 +28,8 @@ def site(known: Known, depth: int = 2) -> tuple[bytes, int]:
     """File and line of the program, `depth` calls up or further; b"" where there is
     none. `known` remembers what it found of each function: then a frame takes 0.1 us.
     """
-    frame: FrameType | None = currentframe()
-    for _ in range(depth):
-        frame = frame and frame.f_back
+    # documented for this; the public inspect.currentframe takes 0.2 us more
+    frame: FrameType | None = sys._getframe(depth)  # pyright: ignore[reportPrivateUsage]
     while frame is not None:
         code = frame.f_code
         found = known.get(id(code))

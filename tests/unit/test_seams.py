@@ -34,7 +34,7 @@ OPTIONAL = {"deepspeed", "torch_xla", "torch_tpu", "s3fs", "gcsfs", "torchao"}
 OPTIONAL |= {"tensorboard", "wandb", "rich", "pyarrow", "datasets", "torchdata"}
 OPTIONAL |= {"pytest", "cloudpickle"}
 # Documented by Python, despite the underscore.
-DOCUMENTED = {"_asdict", "_fields", "_replace", "_make", "_exit"}
+DOCUMENTED = {"_asdict", "_fields", "_replace", "_make", "_exit", "_getframe"}
 
 each_file = pytest.mark.parametrize("file", FILES)
 
