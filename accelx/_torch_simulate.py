@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -27,10 +26,11 @@ def own_of(tensor: Any) -> Tensor:
     return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
-def is_dtensor_type(kind: type) -> bool:
-    """Whether this is the class of DTensors."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and issubclass(kind, module.DTensor)
+def dtensor() -> type:
+    """The class of DTensors."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor
 
 
 _COLLECTIVES = {  # part of an operator's name: (name, whether its result is the whole)

@@ -128,15 +128,33 @@ def _simulated(
     with kept.hooks, sent:
         state, _ = inner(state, args, rows_in(args, placed_on.world))
     grads = [p.grad for _, p in state.trained if p.grad is not None]
-    for optimizer in state.optimizers:
-        optimizer.step()
-    held = [t for o in state.optimizers for s in o.state.values() for t in s.values()]
+    own_grads = size_of([_torch_simulate.own_of(grad) for grad in grads])
+    moments = sum(_moments(optimizer) for optimizer in state.optimizers)
     return Simulated(
         *(env.rank, env.world, count, size_of(own)),
-        gradients=size_of([_torch_simulate.own_of(grad) for grad in grads]),
-        optimizer=size_of(
-            [_torch_simulate.own_of(t) for t in held if isinstance(t, Tensor)]
-        ),
+        gradients=own_grads,
+        optimizer=moments,
         activations=kept.total or 0,
         sent=dict(sent.bytes),
     )
+
+
+def _moments(optimizer: Any) -> int:
+    """Bytes of an optimizer's state, after a step over one weight of each kind."""
+    alike: dict[Any, list[Any]] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        for p in group["params"]:
+            if p.grad is not None:
+                local = _torch_simulate.own_of(p)
+                key = (number, p.dtype, tuple(p.shape), tuple(local.shape))
+                alike.setdefault(key, []).append(p)
+    for _, *rest in alike.values():
+        for p in rest:
+            p.grad = None
+    optimizer.step()
+    total = 0
+    for first, *rest in alike.values():
+        values = optimizer.state[first].values()
+        held = [_torch_simulate.own_of(v) for v in values if isinstance(v, Tensor)]
+        total += size_of(held) * (1 + len(rest))
+    return total

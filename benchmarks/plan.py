@@ -18,6 +18,7 @@ from accelx.simulate import simulate
 from accelx.testing import run
 
 LAYOUTS = {
+    "hsdp x tensor, no remat": ("hsdp", "replicate=4,shard=32,tensor=8"),
     "hsdp x tensor": ("hsdp", "replicate=4,shard=32,tensor=8"),
     "fsdp2 x tensor": ("fsdp2", "shard=128,tensor=8"),
     "fsdp2": ("fsdp2", "shard=1024"),
@@ -39,13 +40,16 @@ def loss(model, tokens):
     return functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
 
 
-def planned(kind: str, axes: str):
+def planned(name: str):
     """The plan of one layout, and the seconds that it took."""
+
+    kind, axes = LAYOUTS[name]
 
     def chained(env):
         place = ax.shard_model(env, kind, blocks="model.layers.*")
         cut = [ax.shard_tensors(env)] if "tensor" in axes else []
-        return ax.chain(place, *cut, ax.remat("model.layers.*"))
+        again = [] if "no remat" in name else [ax.remat("model.layers.*")]
+        return ax.chain(place, *cut, *again)
 
     config = transformers.LlamaConfig(**CONFIG)
     tokens = torch.zeros(1, TOKENS, dtype=torch.int64)
@@ -79,13 +83,13 @@ def table(plans) -> list[str]:
 def main() -> None:
     """Plan each layout in a process of its own, and write the page."""
     plans = {}
-    for name, layout in LAYOUTS.items():
-        plans[name] = run(1, timeout=300)(lambda env, on=layout: planned(*on))()[0]
+    for name in LAYOUTS:
+        plans[name] = run(1, timeout=300)(lambda env, on=name: planned(on))()[0]
     lines = [
         "# A simulated rank of 1,024, Llama of 70 B parameters",
         "",
         f"float32, AdamW, one row of {TOKENS} tokens a rank, blocks computed again in",
-        "the backward pass. GiB that rank 0 holds, and that it sends in a step. "
+        "the backward pass (remat). GiB that rank 0 holds, and that it sends in a step. "
         f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
         f"{time.strftime('%Y-%m-%d')}; s: seconds that the plan took.",
         "",
