@@ -89,7 +89,7 @@ def main() -> None:
         "# A simulated rank of 1,024, Llama of 70 B parameters",
         "",
         f"float32, AdamW, one row of {TOKENS} tokens a rank, blocks computed again in",
-        "the backward pass (remat). GiB that rank 0 holds, and that it sends in a step. "
+        "the backward pass (remat). GiB that rank 0 holds, and that it sends a step. "
         f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
         f"{time.strftime('%Y-%m-%d')}; s: seconds that the plan took.",
         "",
