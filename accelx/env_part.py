@@ -53,6 +53,21 @@ def along(env: Env, *names: str) -> Env:
     )
 
 
+def innermost(name: str, env: Env, axis: str) -> None:
+    """Refuse an Env where `axis`, of the pass `name`, is not the last. Pure."""
+    if env.world == 1:
+        return
+    size = along(env, axis).world  # an axis of that name must be there
+    if env.axes[-1].name == axis:
+        return
+    others = [one.name for one in env.axes if one.name != axis]
+    raise PlacementError(
+        f"{name} wants the axis {axis} innermost, where ranks are nearest, got "
+        f"({', '.join(one.name for one in env.axes)}); write connect(axes="
+        f'"{"".join(f"{one}=..., " for one in others)}{axis}={size}")'
+    )
+
+
 def coordinate(rank: int, axes: Sequence[Axis]) -> dict[str, int]:
     """Where a rank stands on each axis."""
     found: dict[str, int] = {}

@@ -45,7 +45,7 @@ def ahead(
         following = end
         try:
             following = _loaded(batches, load, end)
-        except Exception as error:
+        except Exception as error:  # raised when its turn comes, after this batch
             failed = error
         yield batch
         if failed is not None:

@@ -147,7 +147,7 @@ def _attempt(
         report = _dumped(_Report(ok=True, value=value, time=time.monotonic()))
         close(env)
         return report
-    except BaseException:
+    except BaseException:  # the process that waits raises it
         text = traceback.format_exc()
         return _dumped(_Report(ok=False, value=text, time=time.monotonic()))
 

@@ -39,7 +39,7 @@ def _opened(stream: Stream, spot: Spot, tracked: bool) -> Reader:
     failure = None
     try:
         made = reader(stream, spot, stream.rank, stream.world, tracked)
-    except Exception as error:
+    except Exception as error:  # told to all ranks, each of which raises
         failure = error
     if min(counted(stream.env, FAILED if failure else 0)) == FAILED:
         if made is not None:

@@ -10,7 +10,7 @@ import attrs
 from accelx.env_device import several
 from accelx.env_part import sums_env
 from accelx.errors import PlacementError
-from accelx.records import Env, code
+from accelx.records import Env, Transform, code
 
 KINDS = ("ddp", "fsdp2", "hsdp", "deepspeed", "xla")
 SLICED = ("fsdp2", "hsdp")
@@ -120,6 +120,15 @@ def _device(env: Env, kind: str) -> None:
         raise PlacementError(
             f'the kind "xla" is for the device xla and no other, got {kind!r} on '
             f"{env.device}; write {instead}"
+        )
+
+
+def placed_too(name: str, tx: Transform) -> None:
+    """Refuse a chain in which a pass that cuts weights has no shard_model beside it."""
+    if tx.find("shard_model") is None:
+        raise PlacementError(
+            f"{name} wants shard_model in the chain, which says how the model lies "
+            f"over the other axes; write ax.chain(ax.shard_model(env), ax.{name}(env))"
         )
 
 

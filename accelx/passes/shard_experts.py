@@ -6,8 +6,8 @@ from typing import Any
 
 import attrs
 
-from accelx.env_part import along
-from accelx.errors import PlacementError
+from accelx.engines.options import placed_too
+from accelx.env_part import along, innermost
 from accelx.match import Selector
 from accelx.records import Env, Pass, Rules, Transform, check_env, code
 
@@ -50,23 +50,13 @@ def shard_experts(env: Env, experts: Selector = "auto") -> Transform:
     """
     check_env("shard_experts", env)
     spec = ShardExperts(env, experts)
-    if env.world > 1 and spec.over.world > 1 and env.axes[-1].name != "expert":
-        shown = ", ".join(axis.name for axis in env.axes)
-        raise PlacementError(
-            "shard_experts wants the axis expert innermost, where ranks are nearest, "
-            f'got ({shown}); write connect(axes="data=-1,expert={spec.over.world}")'
-        )
+    innermost("shard_experts", env, "expert")
     return Transform((_pass(spec),))
 
 
 def _pass(spec: ShardExperts) -> Pass:
     def place(state: Any, tx: Transform) -> Any:
-        if tx.find("shard_model") is None:
-            raise PlacementError(
-                "shard_experts wants shard_model in the chain, which says how all else "
-                "lies over the ranks; write ax.chain(ax.shard_model(env), "
-                "ax.shard_experts(env))"
-            )
+        placed_too("shard_experts", tx)
         return state
 
     def start(state: Any, tx: Transform) -> Any:

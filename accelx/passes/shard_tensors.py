@@ -7,10 +7,10 @@ from typing import Any
 
 import attrs
 
+from accelx.engines.options import placed_too
 from accelx.engines.tensor_words import STYLES, check_style, cuts_logits
-from accelx.env_part import along
+from accelx.env_part import along, innermost
 from accelx.errors import PlacementError
-from accelx.passes.shard_experts import TWICE
 from accelx.records import Env, Pass, Rules, Transform, check_env, code
 
 __all__ = ["STYLES", "ShardTensors", "shard_tensors"]
@@ -64,36 +64,13 @@ def shard_tensors(env: Env, plan: str | Mapping[str, Any] = "auto") -> Transform
     for _, style in () if isinstance(pairs, str) else pairs:
         check_style(style)
     spec = ShardTensors(env, pairs)
-    if env.world > 1:
-        _last(spec)
+    innermost("shard_tensors", env, "tensor")
     return Transform((_pass(spec),))
-
-
-def _last(spec: ShardTensors) -> None:
-    size = spec.over.world  # an axis of that name must be there
-    if size > 1 and any(a.name == "expert" and a.size > 1 for a in spec.env.axes):
-        raise PlacementError(
-            f"shard_tensors wants no axis expert beside the axis tensor: {TWICE}; "
-            f'write connect(axes="data=-1,tensor={size}"), or leave shard_tensors out'
-        )
-    if spec.env.axes[-1].name != "tensor":
-        names = [axis.name for axis in spec.env.axes if axis.name != "tensor"]
-        shown = ", ".join(axis.name for axis in spec.env.axes)
-        raise PlacementError(
-            "shard_tensors wants the axis tensor innermost, where ranks are nearest, "
-            f"got ({shown}); write connect(axes="
-            f'"{",".join(f"{name}=..." for name in names)},tensor={size}")'
-        )
 
 
 def _pass(spec: ShardTensors) -> Pass:
     def place(state: Any, tx: Transform) -> Any:
-        if tx.find("shard_model") is None:
-            raise PlacementError(
-                "shard_tensors wants shard_model in the chain, which says how the "
-                "model lies over the other axes; write ax.chain(ax.shard_model(env), "
-                "ax.shard_tensors(env, plan))"
-            )
+        placed_too("shard_tensors", tx)
         return state
 
     def start(state: Any, tx: Transform) -> Any:

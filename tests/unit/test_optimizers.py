@@ -22,9 +22,11 @@ def test_none_one_and_many():
 def test_tied_and_frozen_weights_are_counted_once_and_not_at_all():
     """A shared weight in one group is not twice; a frozen one may be left out."""
     model = t.made()()
-    make(lambda m: torch.optim.SGD(m.parameters(), 0.1), model)
-    make(t.grouped, model)
-    make(t.pair, model)
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    for optim in (lambda m: torch.optim.SGD(m.parameters(), 0.1), t.grouped, t.pair):
+        groups = [g for one in make(optim, model) for g in one.param_groups]
+        held = [id(p) for g in groups for p in g["params"] if p.requires_grad]
+        assert sorted(held) == sorted(trained)
 
 
 def test_param_groups_take_each_weight_by_its_first_glob():
