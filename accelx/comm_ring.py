@@ -38,7 +38,10 @@ AT = 20
 OPEN, ENDED, FAILED = 0, 1, 2
 LENGTH = HEAD + SLOTS * SLOT.size
 # What torch's errors say where ranks did not meet; read from torch 2.13.
-LOST = re.compile("[Tt]imed out|timeout|closed by peer|reset by peer|Broken pipe")
+LOST = re.compile(
+    "[Tt]imed out|timeout|closed by peer|reset by peer|Broken pipe"
+    "|caused by a remote worker|unexpectedly closed"
+)
 
 _pack, _pack_end, _now = SLOT.pack_into, END.pack_into, time.monotonic
 

@@ -19,6 +19,8 @@ MODEL = {
 """Axes whose ranks get the same rows, and the pass that has them share the work."""
 SAME = ("tensor", "stage")
 """Those of them whose ranks have one loss together; along others losses add up."""
+TWICE = "the tokens of ranks that share layers would be sent twice"
+"""Why experts are not dealt out beside an axis of tensors."""
 
 
 def along(env: Env, *names: str) -> Env:
@@ -58,6 +60,11 @@ def innermost(name: str, env: Env, axis: str) -> None:
     if env.world == 1:
         return
     size = along(env, axis).world  # an axis of that name must be there
+    if {"expert", "tensor"} <= {one.name for one in env.axes if one.size > 1}:
+        raise PlacementError(
+            f"{name} wants no axis expert beside the axis tensor: {TWICE}; write "
+            f'connect(axes="data=-1,{axis}={size}"), and leave the other pass out'
+        )
     if env.axes[-1].name == axis:
         return
     others = [one.name for one in env.axes if one.name != axis]

@@ -22,6 +22,7 @@ from accelx.launch.where import innermost, of_stack
 FOLLOWS = re.compile(
     "closed by peer|reset by peer|Broken pipe|connectFullMesh failed|Socket Timeout"
     "|failed to recv|remote process exited|Connection refused|Application timeout"
+    "|caused by a remote worker|Socket unexpectedly closed"
 )
 DISTRIBUTED = {"DistError", "DistBackendError", "DistNetworkError", "DistStoreError"}
 LATE = 124  # exit code of a run that passed its time limit, as of timeout(1)

@@ -7,13 +7,11 @@ from typing import Any
 import attrs
 
 from accelx.engines.options import placed_too
-from accelx.env_part import along, innermost
+from accelx.env_part import TWICE, along, innermost
 from accelx.match import Selector
 from accelx.records import Env, Pass, Rules, Transform, check_env, code
 
-__all__ = ["TWICE", "ShardExperts", "shard_experts"]
-
-TWICE = "the tokens of ranks that share layers would be sent twice"
+__all__ = ["ShardExperts", "shard_experts"]
 
 
 @attrs.frozen(repr=False)
