@@ -219,7 +219,8 @@ def test_the_root_cause_is_the_first_that_is_no_echo():
     killed = Failure(1, closed.time + 1, "signal", "killed by SIGKILL", 137)
     late = Failure(2, closed.time + 2, "exception", "ValueError", 1)
     read = "Read error. This is typically caused by a remote worker hanging"
-    assert closed.follows and raised(0, RuntimeError(read)).follows
+    assert closed.follows
+    assert raised(0, RuntimeError(read)).follows
     assert first([closed, late, killed]) is killed
     assert first([closed]) is closed
     own = raised(3, ConnectionError("database: connection closed by peer"))
