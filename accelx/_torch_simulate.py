@@ -21,6 +21,12 @@ def fake_group(rank: int, world: int) -> None:
     init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
 
 
+def knows_shapes() -> bool:
+    """Whether torch's collectives run on tensors without numbers: 2.9's do not."""
+    known = torch._C._dispatch_has_kernel_for_dispatch_key
+    return known("c10d::broadcast_", "Meta")
+
+
 def own_of(tensor: Any) -> Tensor:
     """What this rank holds of a tensor: its slice of a DTensor, or all."""
     return tensor._local_tensor if is_dtensor(tensor) else tensor

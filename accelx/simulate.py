@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
+import torch
 from torch import Tensor, nn
 
 from accelx import _torch_simulate, gradients
@@ -72,7 +73,7 @@ def simulate(
 
     Effects: opens torch's process group and closes it. torch remembers meshes, so a
     second simulation wants another process: `accelx.testing.run(1)` is one. Raises
-    PlacementError where a group is open, or a pass cannot be placed.
+    PlacementError where a group is open, a pass cannot be placed, or torch is too old.
     """
     import torch.distributed as dist
 
@@ -80,6 +81,11 @@ def simulate(
         raise PlacementError(
             "simulate wants a process without a process group, but one is open; run it "
             "in a process of its own, before connect"
+        )
+    if not _torch_simulate.knows_shapes():
+        raise PlacementError(
+            "simulate wants a torch whose collectives run on tensors without numbers, "
+            f"got {torch.__version__}; write pip install -U torch (2.13 has them)"
         )
     _torch_simulate.fake_group(rank, world)
     env = Env(rank=rank, world=world, backend="fake")

@@ -83,7 +83,7 @@ def test_every_extra_of_the_design_is_there():
 def test_no_package_index_is_named():
     """Where packages come from is the machine's setting, not the repository's."""
     files = [*ROOT.glob("requirements*.txt"), ROOT / "pyproject.toml"]
-    scripts = ("_env", "demo", "test", "test-xla", "check")
+    scripts = ("_env", "_env-xla", "demo", "test", "test-xla", "check")
     files += [ROOT / "scripts" / name for name in scripts]
     for path in files:
         assert not re.search(r"https?://|index-url|find-links", path.read_text()), path

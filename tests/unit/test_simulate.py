@@ -173,3 +173,11 @@ def test_copies_are_refused_with_what_they_would_take():
 def test_an_open_group_is_left_alone():
     """It would be taken for the simulated one."""
     run(2)(opened)()
+
+
+def test_a_torch_whose_collectives_want_numbers_is_refused(monkeypatch):
+    """Before a group is opened."""
+    monkeypatch.setattr("accelx._torch_simulate.knows_shapes", lambda: False)
+    with pytest.raises(ax.AccelxError, match=r"got 2\.\d+.*pip install -U torch"):
+        simulate(chains("fsdp2"), made, adam, loss, torch.ones(1, WIDTH), world=2)
+    assert not torch.distributed.is_initialized()

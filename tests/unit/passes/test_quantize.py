@@ -85,8 +85,7 @@ def packed_as(weight, kind):
 
 def by_torchao(weight, kind):
     """What torchao makes of a weight, as floats."""
-    from torchao import quantization as ao
-
+    ao = pytest.importorskip("torchao.quantization")
     linear = nn.Linear(*weight.T.shape, bias=False)
     linear.weight.data.copy_(weight)
     rows = ao.PerGroup(64)
@@ -111,10 +110,9 @@ def test_equal_steps_are_those_of_torchao(kind):
 
 def test_nf4_takes_the_codes_of_torchao():
     """The nearest of the sixteen values; torchao has them to four digits."""
-    from torchao.quantization import NF4Tensor
-
+    ao = pytest.importorskip("torchao.quantization")
     weight = torch.randn(40, 128)
-    theirs = NF4Tensor.from_tensor(weight, 64, 16).quantized_data.view(40, 64)
+    theirs = ao.NF4Tensor.from_tensor(weight, 64, 16).quantized_data.view(40, 64)
     ours = pack(weight, "nf4")[:, 8:72].contiguous().view(torch.uint8)
     swapped = (theirs >> 4) | ((theirs & 15) << 4)  # the first is in their high half
     assert (swapped != ours).float().mean() < 0.01
