@@ -110,6 +110,7 @@ if TYPE_CHECKING:
     from .saves.commit import latest as latest
     from .saves.convert import import_state as import_state
     from .saves.export import export as export
+    from .saves.export_state import export_state as export_state
     from .saves.retain import retain as retain
     from .saves.stream import stream_weights as stream_weights
     from .schedules import (
@@ -189,6 +190,7 @@ _NAMES = {
     "saves.commit": ("latest",),
     "saves.convert": ("import_state",),
     "saves.export": ("export",),
+    "saves.export_state": ("export_state",),
     "saves.retain": ("retain",),
     "saves.stream": ("stream_weights",),
     "spawn": ("spawn",),

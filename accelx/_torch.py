@@ -119,6 +119,11 @@ def all_to_all(rows: Tensor, into: list[int], out: list[int], group: Any) -> Ten
     return collectives.wait_tensor(made)
 
 
+def has_hooks(weight: Tensor) -> bool:
+    """Whether someone has asked to see the gradients of `weight`."""
+    return bool(weight._backward_hooks or weight._post_accumulate_grad_hooks)
+
+
 def fsdp_modules(model: nn.Module) -> list[Any]:
     """The submodules, and `model`, that fully_shard was called on."""
     from torch.distributed.fsdp import FSDPModule
@@ -129,7 +134,8 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
 def fsdp_forget(model: nn.Module) -> None:
     """Make FSDP modules forget a forward or backward pass that was broken off."""
     root = model._get_fsdp_state()  # type: ignore[reportCallIssue]
-    if hasattr(root, "_reset_iter_state"):  # torch 2.13
+    # torch 2.13; before the first forward there is nothing that it could reset
+    if hasattr(root, "_reset_iter_state") and root._is_root is not None:
         root._reset_iter_state()
     root._state_ctx.post_backward_final_callback_queued = False
     for module in fsdp_modules(model):
@@ -284,3 +290,11 @@ def local_box(
 def flat_mesh(mesh: Any, name: str) -> Any:
     """The ranks of a mesh of several dims as one dim of that name."""
     return mesh._flatten(name)
+
+
+def crossed_mesh(every: Any, outer: Any, inner: Any) -> Any:
+    """A mesh of two dims out of two of one dim each, both cut from the mesh `every`."""
+    join = getattr(type(every), "_concatenate", None)
+    if join is None:  # before 2.10; since, torch warns of it
+        return every[outer.mesh_dim_names[0], inner.mesh_dim_names[0]]
+    return join([outer, inner])

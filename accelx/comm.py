@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import attrs
 
-from accelx.comm_ring import forget_rings
+from accelx.comm_ring import forget_ring
 from accelx.comm_rows import gather_rows
 from accelx.comm_split import split
 from accelx.comm_trees import broadcast, gather, gather_objects, pad, reduce
 from accelx.comm_wire import dist, exchange, forget_parts, group, together
+from accelx.env_part import along
 from accelx.errors import CollectiveError
 from accelx.records import Env
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "barrier",
     "broadcast",
+    "crossed",
     "forget_meshes",
     "gather",
     "gather_objects",
@@ -130,6 +132,26 @@ def line(env: Env) -> DeviceMesh:
     return laid if laid.ndim == 1 else _flat(laid, "_".join(a.name for a in env.axes))
 
 
+def crossed(env: Env) -> DeviceMesh:
+    """The ranks of `env` as a mesh of two axes: the outermost, and all others as one.
+
+    As `mesh` else.
+    """
+    laid = mesh(env)
+    if laid.ndim == 2:
+        return laid
+    outer, *inner = (axis.name for axis in env.axes)
+    every = mesh(attrs.evolve(env, axes=env.whole or env.axes, whole=()))
+    return _crossed(every, mesh(along(env, outer)), line(along(env, *inner)))
+
+
+@functools.cache
+def _crossed(every: DeviceMesh, outer: DeviceMesh, inner: DeviceMesh) -> DeviceMesh:
+    from accelx import _torch
+
+    return _torch.crossed_mesh(every, outer, inner)
+
+
 @functools.cache
 def _flat(laid: DeviceMesh, name: str) -> DeviceMesh:
     from accelx import _torch
@@ -155,8 +177,9 @@ def _mesh(axes: tuple[Axis, ...], kind: str, group: object) -> DeviceMesh:
 
 def forget_meshes() -> None:
     """Drop the meshes that were made: their group is being closed."""
+    _crossed.cache_clear()
     _flat.cache_clear()
     _slice.cache_clear()
     _mesh.cache_clear()
     forget_parts()
-    forget_rings()
+    forget_ring()

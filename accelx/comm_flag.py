@@ -24,7 +24,7 @@ class Flag:
     env: Env
     group: Any = None
     work: Any = None
-    sent: Any = None  # () int32: 1 where a hand was up
+    sent: Any = None  # () int32, 1 where a hand was up; one, held while it travels
 
     def look(self, mine: bool) -> bool:
         """Whether a hand was up at the boundary before; on one rank: at this one.
@@ -45,6 +45,8 @@ class Flag:
     def _send(self, mine: bool) -> None:
         import torch
 
-        self.sent = torch.tensor(int(mine), dtype=torch.int32)
+        if self.sent is None:
+            self.sent = torch.empty((), dtype=torch.int32)
+        self.sent.fill_(int(mine))
         most = dist().ReduceOp.MAX
         self.work = dist().all_reduce(self.sent, most, group=self.group, async_op=True)

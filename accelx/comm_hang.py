@@ -27,7 +27,7 @@ from accelx.comm_ring import HEAD, LENGTH, Operation, Ring, operations, ring
 if TYPE_CHECKING:
     from accelx.records import Env
 
-MAGIC = b"accelx-ops-1"
+MAGIC = b"accelx-ops-2"
 # magic, rank, world, pid, whether it has left, wall minus monotonic clock, host
 WHO = struct.Struct("<16sIIIId128s")
 EARLY = 0.9  # of a collective's timeout: torch may end the process at its end

@@ -7,7 +7,6 @@ timed out could not tell.
 
 from __future__ import annotations
 
-import threading
 import time
 from datetime import timedelta
 from hashlib import blake2b
@@ -36,7 +35,7 @@ def enter(env: Env, timeout: float | None) -> None:
 
     if env.world > 1:
         limit = timeout or group_timeout(group(env, "with_lockstep"))
-        ring().check = Lockstep(limit).check
+        ring().check = Lockstep(limit, dist().group.WORLD).check
 
 
 @attrs.define(eq=False)
@@ -54,10 +53,14 @@ class Lockstep:
     """Ranks that compare; `timeout` is in seconds."""
 
     timeout: float
+    world: Any  # the process group of all
     sides: dict[str, Side] = attrs.field(factory=dict[str, Side])
 
     def check(self, env: Env, name: str, at: str, tell: Tell) -> None:
         """Return when every rank is about to do this. Raises CollectiveError on all."""
+        if dist().group.WORLD is not self.world:  # closed by others, and another open
+            ring().check = None
+            return
         ours = group(env, name)
         side = self.sides.get(ours.group_name)
         if side is None:
@@ -148,8 +151,6 @@ class _Meeting:
         try:
             work = dist().all_gather(every, mine, group=self.side.group, async_op=True)
             came = self._came(work)
-            if came:
-                work.wait()
         except RuntimeError as error:
             raise self._error("has left the run", LAST_WORDS) from error
         if not came:
@@ -158,12 +159,17 @@ class _Meeting:
 
     def _came(self, work: Any) -> bool:
         """Whether all have come; False once this rank, or another, has given up."""
-        done, end = threading.Event(), time.monotonic() + self.timeout
-        work.get_future().add_done_callback(lambda _: done.set())
-        while not done.wait(min(LOOK, self.timeout)):
+        end = time.monotonic() + self.timeout
+        look = timedelta(seconds=min(LOOK, self.timeout))
+        while True:
+            try:
+                work.wait(look)
+                return True
+            except RuntimeError:
+                if work.is_completed():  # it failed; else only the look is over
+                    raise
             if self._look()[1] or time.monotonic() > end:
                 return False
-        return True
 
     def _error(self, how: str, wait: float) -> CollectiveError:
         """The error that all who have come raise, of those who have not.

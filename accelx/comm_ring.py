@@ -10,7 +10,6 @@ import functools
 import mmap
 import re
 import struct
-import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -30,11 +29,10 @@ if TYPE_CHECKING:
 
 SLOTS = 64  # operations that are kept
 HEAD = 256  # bytes before them, for who this is
-# number, begun (monotonic), line, ended, state, update, name, file, what it brings
-SLOT = struct.Struct(f"<QdIdIq40s{FILE}s48s")
+# ended (0 before, negative where it failed), begun (both monotonic), number, update,
+# line, name, file, what it brings; whole doubles, so that `ended` is one of them
+SLOT = struct.Struct(f"=ddQqQ44s{FILE}s48s")
 NONE = -1  # in place of the number of an update
-END = struct.Struct("<dI")  # the same bytes, from `ended` on, which are at:
-AT = 20
 OPEN, ENDED, FAILED = 0, 1, 2
 LENGTH = HEAD + SLOTS * SLOT.size
 # What torch's errors say where ranks did not meet; read from torch 2.13.
@@ -43,16 +41,18 @@ LOST = re.compile(
     "|caused by a remote worker|unexpectedly closed"
 )
 
-_pack, _pack_end, _now = SLOT.pack_into, END.pack_into, time.monotonic
+_pack, _now = SLOT.pack_into, time.monotonic
 
 
 class Entry:
     """An operation under way: `with ring.begin(...):` ends it."""
 
-    __slots__ = ("at", "memory")
+    __slots__ = ("at", "ended", "memory", "times")
 
-    def __init__(self, memory: Any, at: int) -> None:
-        self.memory, self.at = memory, at
+    def __init__(self, memory: Any, times: memoryview[float], number: int) -> None:
+        self.memory, self.at = memory, HEAD + number * SLOT.size
+        # the memory as doubles: a write takes 0.03 us less than by a struct
+        self.times, self.ended = times, self.at // 8
 
     def __enter__(self) -> None:
         return None
@@ -64,11 +64,11 @@ class Entry:
         trace: TracebackType | None,
     ) -> None:
         if error is None:
-            _pack_end(self.memory, self.at, _now(), ENDED)
+            self.times[self.ended] = _now()
             return
-        _pack_end(self.memory, self.at, _now(), FAILED)
+        self.times[self.ended] = -_now()
         if isinstance(error, RuntimeError) and LOST.search(str(error)):
-            error.add_note(f"this rank was in {_said(self.memory, self.at - AT)}")
+            error.add_note(f"this rank was in {_said(self.memory, self.at)}")
 
 
 class _Names(dict[str, bytes]):
@@ -79,7 +79,8 @@ class _Names(dict[str, bytes]):
 
 
 def _entries(ring: Ring) -> list[Entry]:
-    return [Entry(ring.memory, HEAD + i * SLOT.size + AT) for i in range(SLOTS)]
+    times = memoryview(ring.memory).cast("d")
+    return [Entry(ring.memory, times, i) for i in range(SLOTS)]
 
 
 @attrs.define(eq=False)
@@ -90,7 +91,7 @@ class Ring:
     number: int = 0  # of operations begun
     check: Check | None = None  # what `with_lockstep` does before each
     leave: Callable[[], None] | None = None  # what is to be done at the end
-    known: Known = attrs.field(factory=dict)
+    known: Known = attrs.field(factory=Known)
     names: _Names = attrs.field(factory=lambda: _Names())
     entries: list[Entry] = attrs.Factory(_entries, takes_self=True)  # made once: 0.2 us
 
@@ -110,12 +111,12 @@ class Ring:
             update = what
         elif what:
             brings = _brings(what)
-        at, now = entry.at - AT, _now()
-        _pack(self.memory, at, number, now, line, 0.0, OPEN, update, told, file, brings)
+        at, now = entry.at, _now()
+        _pack(self.memory, at, 0.0, now, number, update, line, told, file, brings)
         if self.check is not None and tell is not None:
             with entry:
                 self.check(env, name, f"{file.decode()}:{line}", tell)
-            _pack_end(self.memory, entry.at, 0.0, OPEN)
+            entry.times[entry.ended] = 0.0
         return entry
 
     def move(self, memory: Any) -> None:
@@ -126,22 +127,20 @@ class Ring:
 
 
 @functools.cache
-def ring_of(world: object) -> Ring:
-    """The ring of the process group `world`, made when it is first asked for."""
+def ring() -> Ring:
+    """The ring of this process and its group, made when it is first asked for.
+
+    To ask torch each time whether the group is still the same would take 0.2 us.
+    """
     return Ring()
 
 
-def ring() -> Ring:
-    """The ring of the open process group."""
-    return ring_of(sys.modules["torch.distributed"].group.WORLD)
-
-
-def forget_rings() -> None:
-    """Drop the rings that were made: their group is being closed."""
-    leave = ring().leave if "torch.distributed" in sys.modules else None
+def forget_ring() -> None:
+    """Drop the ring: its group is being closed, or another is opened."""
+    leave = ring().leave
     if leave is not None:
         leave()
-    ring_of.cache_clear()
+    ring.cache_clear()
 
 
 @attrs.frozen
@@ -165,10 +164,11 @@ def operations(memory: Any) -> list[Operation]:
 
 
 def _operation(memory: Any, at: int) -> Operation:
-    number, begun, line, ended, state, update, *texts = SLOT.unpack_from(memory, at)
+    ended, begun, number, update, line, *texts = SLOT.unpack_from(memory, at)
+    state = OPEN if not ended else ENDED if ended > 0 else FAILED
     name, file, brings = (t.rstrip(b"\0").decode(errors="replace") for t in texts)
     brings = brings if update == NONE else f"update {update}"
-    return Operation(number, name, file, line, brings, state, begun, ended)
+    return Operation(number, name, file, line, brings, state, begun, abs(ended))
 
 
 def _said(memory: Any, at: int) -> str:
@@ -179,9 +179,10 @@ def _said(memory: Any, at: int) -> str:
 
 def _brings(what: dict[str, Any]) -> bytes:
     """`3 leaves, float32 (4, 8)` of a tree as told."""
-    first = next(iter(what.values()))
-    dtype = getattr(first, "dtype", None)
-    return b"" if dtype is None else _shown(len(what), dtype, first.shape)
+    for first in what.values():  # one tree in 0.03 us less than by next(iter())
+        dtype = getattr(first, "dtype", None)
+        return b"" if dtype is None else _shown(len(what), dtype, first.shape)
+    return b""
 
 
 @functools.lru_cache(maxsize=256)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -21,8 +22,12 @@ Args = tuple[Any, ...]
 def rows_in(args: Args, ranks: int) -> Rows:
     """How many real rows `args` holds here, and over `ranks`; total 0 where unknown."""
     marked, here = look(args)
-    if marked is not None:
-        return marked
+    return unmarked(here, ranks) if marked is None else marked
+
+
+@lru_cache(maxsize=64)  # they are few, and one takes 0.7 us
+def unmarked(here: int | None, ranks: int) -> Rows:
+    """The rows of a batch without a mark, whose tensors have `here` of them."""
     here = 1 if here is None else here
     return Rows(here, here if ranks == 1 else 0)
 

@@ -19,6 +19,7 @@ from accelx.env_axes import Axes, lay_out
 from accelx.env_detect import detect
 from accelx.env_device import choose_backend, choose_device, probe, set_device
 from accelx.env_part import rows_env, sums_env
+from accelx.env_rest import rest
 from accelx.errors import CollectiveError
 
 if TYPE_CHECKING:
@@ -101,14 +102,22 @@ def _join(env: Env, backend: str, timeout: float | None) -> str | None:
         return _backend_of_open(env)
     if env.world == 1:
         return None
+    from accelx.comm_ring import forget_ring
+
+    forget_ring()  # of a group that was closed by others
     limit = None if timeout is None else timedelta(seconds=timeout)
     store = _store(env, limit)
     dist.init_process_group(
         backend, store=store, rank=env.rank, world_size=env.world, timeout=limit
     )
     _meet(env)
-    atexit.register(close, env)
+    atexit.register(_leave, env)
     return backend
+
+
+def _leave(env: Env) -> None:
+    close(env)
+    rest()  # or Python would end under threads of torch
 
 
 def _backend_of_open(env: Env) -> str:

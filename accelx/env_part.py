@@ -19,8 +19,8 @@ MODEL = {
 """Axes whose ranks get the same rows, and the pass that has them share the work."""
 SAME = ("tensor", "stage")
 """Those of them whose ranks have one loss together; along others losses add up."""
-TWICE = "the tokens of ranks that share layers would be sent twice"
-"""Why experts are not dealt out beside an axis of tensors."""
+INNER = ("expert", "tensor")
+"""Axes of the nearest ranks, the nearest last."""
 
 
 def along(env: Env, *names: str) -> Env:
@@ -56,22 +56,22 @@ def along(env: Env, *names: str) -> Env:
 
 
 def innermost(name: str, env: Env, axis: str) -> None:
-    """Refuse an Env where `axis`, of the pass `name`, is not the last. Pure."""
+    """Refuse an Env where `axis`, of the pass `name`, is not the last of INNER. Pure.
+
+    Behind the axis expert there may be tensor.
+    """
     if env.world == 1:
         return
-    size = along(env, axis).world  # an axis of that name must be there
-    if {"expert", "tensor"} <= {one.name for one in env.axes if one.size > 1}:
-        raise PlacementError(
-            f"{name} wants no axis expert beside the axis tensor: {TWICE}; write "
-            f'connect(axes="data=-1,{axis}={size}"), and leave the other pass out'
-        )
-    if env.axes[-1].name == axis:
+    along(env, axis)  # an axis of that name must be there
+    sizes = {one.name: one.size for one in env.axes}
+    last = [one for one in INNER[INNER.index(axis) :] if one in sizes]
+    others = [one for one in sizes if one not in last]
+    if list(sizes) == others + last:
         return
-    others = [one.name for one in env.axes if one.name != axis]
+    shown = ",".join(f"{n}={sizes[n] if n in last else '...'}" for n in others + last)
     raise PlacementError(
         f"{name} wants the axis {axis} innermost, where ranks are nearest, got "
-        f"({', '.join(one.name for one in env.axes)}); write connect(axes="
-        f'"{"".join(f"{one}=..., " for one in others)}{axis}={size}")'
+        f'({", ".join(sizes)}); write connect(axes="{shown}")'
     )
 
 

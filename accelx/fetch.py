@@ -8,19 +8,21 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import attrs
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, get_worker_info
 
 from accelx import _torch
 from accelx.data.collate import collated, quick
+from accelx.data.columns import gathered, reads_columns, rows
 from accelx.data.parcel import Parcels
 from accelx.data.plan import Asked, Unpack, listeners
+from accelx.data.tensors import indexed, plain, reads_tensors, under
 from accelx.errors import DataError
 
 Collate = Callable[[list[Any]], Any]
 Init = Callable[[int], Any] | None  # what each worker runs first, with its number
 Fetch = Callable[[Any], Any]  # indices of one batch -> the batch
+Read = Callable[[Any, list[int]], Any]  # a dataset, indices -> what is collated
 
 
 def fetcher(
@@ -28,15 +30,15 @@ def fetcher(
 ) -> tuple[Unpack, Fetch]:
     """How to unpack a block of indices, and how to read the batch at one of its rows.
 
-    Tensors in a TensorDataset are indexed whole, which gives the bits that stacking
-    their rows gives, 10 times sooner; other items are read one by one, or by the
-    dataset's own `__getitems__`, as torch's DataLoader reads them. With `batched` an
-    item is a batch by itself.
+    Tensors in a TensorDataset are indexed whole, and columns of a `datasets.Dataset`
+    are not cut into rows, both under Subsets too; other items are read one by one, or
+    by the dataset's own `__getitems__`, as torch's DataLoader reads them. With
+    `batched` an item is a batch by itself.
     """
     collate = first(collate) if batched else quick(collate)
     if type(dataset) is TensorDataset and collate is collated:
         columns = dataset.tensors
-        if all(_plain(c) for c in columns):
+        if all(map(plain, columns)):
             if all(c.device.type == "cpu" for c in columns):
                 return Tensor.unbind, lambda at: [
                     c.index_select(0, at) for c in columns
@@ -44,10 +46,44 @@ def fetcher(
             return Tensor.unbind, lambda at: [
                 c.index_select(0, at.to(c.device)) for c in columns
             ]
+    read, collate = _ways(dataset, collate)
     if listeners(dataset):
-        dataset = Noted(dataset)
+        dataset = Noted(dataset, read)
         return Tensor.tolist, lambda at: collate(dataset.__getitems__(at))
-    return Tensor.tolist, lambda at: collate(items(dataset, at))
+    return Tensor.tolist, lambda at: collate(read(dataset, at))
+
+
+def _ways(dataset: Any, collate: Collate) -> tuple[Read, Collate]:
+    """How the dataset is read, and what makes a batch of what was read."""
+    if collate is collated and reads_tensors(dataset):
+        return _indexed, _as_it_is
+    if collate is collated and reads_columns(under(dataset)):
+        return _gathered, _as_it_is
+    return items, collate
+
+
+def keeps_rows(collate: Collate) -> bool:
+    """Whether the batch that it makes is known to have a row for each item."""
+    return quick(collate) is collated
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _indexed(dataset: Any, indices: list[int]) -> Any:
+    """The batch at `indices` of a TensorDataset, or of a Subset of one."""
+    batch = indexed(dataset, indices)
+    return collated(items(dataset, indices)) if batch is None else batch
+
+
+def _gathered(dataset: Any, indices: list[int]) -> Any:
+    """The batch at `indices` of a dataset that reads columns, or of a Subset of one."""
+    columns = _at_once(dataset.__getitem__, indices)
+    batch = gathered(columns, len(indices))
+    if batch is None:
+        return collated(_one_each(dataset, rows(columns), indices))
+    return batch
 
 
 def first(collate: Collate) -> Collate:
@@ -63,18 +99,7 @@ def items(dataset: Any, indices: list[int]) -> list[Any]:
     """The items at `indices`; what the dataset raises is noted with the index."""
     many = getattr(dataset, "__getitems__", None)
     if many:
-        try:
-            found = many(indices)
-        except Exception as error:
-            error.add_note(f"accelx: while reading the items {indices}{_worker()}")
-            raise
-        if hasattr(found, "__len__") and len(found) != len(indices):
-            raise DataError(
-                f"__getitems__ of {type(dataset).__name__} wants to give an item for "
-                f"each of {len(indices)} indices, got {len(found)} for {indices}; "
-                "leave out items by a Subset or a sampler, which all ranks know of"
-            )
-        return found
+        return _one_each(dataset, _at_once(many, indices), indices)
     found, index = list[Any](), None
     try:
         for index in indices:
@@ -85,25 +110,29 @@ def items(dataset: Any, indices: list[int]) -> list[Any]:
     return found
 
 
+def _at_once(many: Callable[[list[int]], Any], indices: list[int]) -> Any:
+    """`many(indices)`; what it raises is noted with the indices."""
+    try:
+        return many(indices)
+    except Exception as error:
+        error.add_note(f"accelx: while reading the items {indices}{_worker()}")
+        raise
+
+
+def _one_each(dataset: Any, found: Any, indices: list[int]) -> Any:
+    """`found`, an item for each index."""
+    if hasattr(found, "__len__") and len(found) != len(indices):
+        raise DataError(
+            f"__getitems__ of {type(dataset).__name__} wants to give an item for "
+            f"each of {len(indices)} indices, got {len(found)} for {indices}; "
+            "leave out items by a Subset or a sampler, which all ranks know of"
+        )
+    return found
+
+
 def _worker() -> str:
     info = get_worker_info()
     return "" if info is None else f" in worker {info.id} of {info.num_workers}"
-
-
-# What index_select takes on every device; it has no kernels for the wider unsigned
-# integers, nor for quantized tensors.
-PLAIN = frozenset(
-    (
-        *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
-        *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
-        *(torch.complex64, torch.complex128),
-    )
-)
-
-
-def _plain(column: Tensor) -> bool:
-    strided = type(column) is Tensor and column.layout is torch.strided
-    return strided and column.dtype in PLAIN and not column.requires_grad
 
 
 @attrs.define(eq=False)
@@ -111,6 +140,7 @@ class Noted:
     """A dataset that is told the epoch, and notes the index where it raises."""
 
     dataset: Any
+    read: Read = items
     epoch: int | None = None  # that it was told last
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
@@ -120,7 +150,7 @@ class Noted:
                 for one in listeners(self.dataset):
                     one.set_epoch(indices.epoch)
             self.epoch = indices.epoch
-        return items(self.dataset, indices)
+        return self.read(self.dataset, indices)
 
     def __getitem__(self, index: int) -> Any:
         return self.dataset[index]
@@ -178,10 +208,11 @@ def pool(
 ) -> tuple[DataLoader[Any], Spans]:
     """A torch DataLoader with workers, and the span its next iterator goes over."""
     spans = Spans()
+    read, collate = _ways(dataset, quick(collate))
     workers: DataLoader[Any] = DataLoader(
-        Noted(dataset),  # pyright: ignore[reportArgumentType]
+        Noted(dataset, read),  # pyright: ignore[reportArgumentType]
         batch_sampler=spans,
-        collate_fn=Parcels(quick(collate), ahead(**settings)),
+        collate_fn=Parcels(collate, ahead(**settings)),
         worker_init_fn=Began(init, answered()),
         **settings,
     )

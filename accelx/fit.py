@@ -13,6 +13,7 @@ from accelx._torch import is_dtensor
 from accelx.comm_wire import exchange, grouped
 from accelx.cut import cut, divisors, rows_in
 from accelx.engines.placed import engine_of
+from accelx.env_part import rows_env, sums_env
 from accelx.errors import CollectiveError, DataError, OrderError, PlacementError
 from accelx.fit_kept import forget, kept, unmade
 from accelx.fit_memory import Meter, is_full, let_go, meter
@@ -70,7 +71,8 @@ def fit_batch(
     accumulates already, DataError for a batch without rows, and what the loss raises.
     """
     _check(env, tx, state)
-    marked, here = rows_in((batch,), env.world), leading(batch)
+    ranks = rows_env(env).world
+    marked, here = rows_in((batch,), ranks), leading(batch)
     if here is None:
         raise DataError(
             "fit_batch wants a batch with rows to cut, got "
@@ -81,7 +83,7 @@ def fit_batch(
     most = max(exchange(env, "fit_batch", mine))
     trial = _Trial(
         *(env, tx, loss, batch, state, moments, most),
-        together=env.world > 1 and _joined(state),
+        together=env.world > 1 and (ranks < env.world or _joined(state)),
         meter=meter(env.device),
     )
     with kept(state, tx, env.device):
@@ -98,10 +100,10 @@ def _check(env: Env, tx: Transform, state: State) -> None:
             "leave accumulate out of it, and add what fit_batch returns"
         )
     placed = gradients.env_of(state)
-    if placed.world != env.world:
+    if placed.world != (adding := sums_env(env).world):
         raise PlacementError(
             f"fit_batch wants the env of the model, which is on {placed.world} ranks, "
-            f"got one of {env.world}; give both the same env"
+            f"got one of {adding}; give both the same env"
         )
     if any(p.grad is not None for p in state.model.parameters()):
         raise PlacementError(
@@ -223,16 +225,16 @@ def _copied(part: Any) -> Any:
 
 def _run(trial: _Trial, n: int) -> None:
     """The second microbatch has the first one's gradients beside it; as has each."""
-    env, state = trial.env, trial.state
-    engine = engine_of(state)
+    state, ranks = trial.state, rows_env(trial.env).world
+    engine, env = engine_of(state), gradients.env_of(state)
     inner = gradients.unreduced(trial.tx, trial.loss, engine, env)
-    parts = [_copied(part) for part in cut((trial.batch,), n, env.world)[:2]]
+    parts = [_copied(part) for part in cut((trial.batch,), n, ranks)[:2]]
     held = unmade(state, trial.moments)
     quiet: Callable[[Any], Any] = engine.quiet
     last = parts[-1:] if trial.together else []  # reduces, as the last of a step does
     with quiet(state):
         for part in parts[: len(parts) - len(last)]:
-            inner(state, part, rows_in(part, env.world))
+            inner(state, part, rows_in(part, ranks))
     for part in last:
-        inner(state, part, rows_in(part, env.world))
+        inner(state, part, rows_in(part, ranks))
     del held

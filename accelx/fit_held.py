@@ -20,7 +20,9 @@ LARGEST = 5  # tensors that are named
 class Held:
     """What one part of a state holds on this rank, on one kind of device."""
 
-    what: str  # parameters, buffers, gradients, optimizer state, or a slot's name
+    # parameters, buffers, gradients, optimizer state, or a slot's name; of DeepSpeed
+    # master weights and buckets, too
+    what: str
     device: str
     num_tensors: int
     bytes: int  # of storages, each counted once, where it is first met
@@ -42,7 +44,11 @@ def _named(state: State) -> Iterator[tuple[str, str, Tensor]]:
         yield "parameters", name, p
     for name, b in model.named_buffers():
         yield "buffers", name, b
-    names = {id(p): name for name, p in model.named_parameters()}
+    placed = state.slots.get("shard_model")
+    more = () if placed is None else tuple(placed.inside())
+    yield from more
+    names = {id(t): name for _, name, t in more}
+    names |= {id(p): name for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
         if p.grad is not None:
             yield "gradients", f"{name}.grad", p.grad
@@ -58,9 +64,12 @@ def _named(state: State) -> Iterator[tuple[str, str, Tensor]]:
 
 
 def _is_tensor(leaf: object) -> bool:
+    """Whether a leaf has numbers: what stages know of one another has shapes alone."""
     from torch import Tensor
 
-    return isinstance(leaf, Tensor)
+    from accelx._torch_stages import is_fake
+
+    return isinstance(leaf, Tensor) and not is_fake(leaf)
 
 
 def _counted(

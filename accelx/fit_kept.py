@@ -64,6 +64,8 @@ def forget(state: State) -> None:
     if placed is not None:
         placed.forget()
         placed.rest()
+        if placed.stages is not None:  # memory for what crosses in a trial
+            placed.stages.routes.clear()
     carry = engine_of(state).carry
     leaf = None if carry is None else carry(state)
     if leaf is not None:

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from accelx import comm, tree
-from accelx.cut import Args, mean_of, rows_in
+from accelx.cut import Args, mean_of, rows_in, unmarked
+from accelx.engines.buffers import say_parted
 from accelx.engines.methods import say_sliced
-from accelx.engines.placed import engine_of
+from accelx.engines.placed import UNPLACED
 from accelx.env_device import kind_of
 from accelx.env_part import rows_env
 from accelx.errors import LossError, NeutralityWarning, PlacementError
 from accelx.fit_full import say_full
+from accelx.gradients_alone import Whole, alone
+from accelx.gradients_read import as_total, detached, read, say_own, trains
 from accelx.records import (
     Engine,
     Env,
@@ -29,33 +32,45 @@ from accelx.records import (
     owing,
     timed,
 )
-from accelx.rows import Rows, leading, one_mark
+from accelx.rows import Rows, leading, look, one_mark
 from accelx.state import State
 
 Grads = Callable[..., tuple[State, Out]]
 Inner = Callable[[State, Args, Rows], tuple[State, Out]]
-_ALONE = Env()
 
 
-def pipeline(tx: Transform, loss: Loss) -> Grads:
-    """(State, *args) -> (State, Out) that adds the whole gradient to the parameters'.
+def pipeline(tx: Transform, loss: Loss) -> Whole:
+    """(State, args) -> (State, Out) that adds the whole gradient to the parameters'.
 
     What the engine of the state handles itself is left out of the run.
     """
     made: list[Any] = [None, None, None]  # for states of one engine and Env at a time
 
-    def grads(state: State, *args: Any) -> tuple[State, Out]:
-        engine, env = engine_of(state), env_of(state)
+    def grads(state: State, args: Args) -> tuple[State, Out]:
+        placed = state.slots.get("shard_model", UNPLACED)
+        engine, env = placed.engine, placed.env
         if made[0] is not engine or made[1] is not env:
             made[:] = engine, env, _composed(tx, loss, engine, env)
-        return made[2](state, *args)
+        return made[2](state, args)
 
     return grads
 
 
-def _composed(tx: Transform, loss: Loss, engine: Engine, env: Env) -> Grads:
+def _composed(tx: Transform, loss: Loss, engine: Engine, env: Env) -> Whole:
     sharded = tx.find("shard_loader") is not None
-    return _whole(unreduced(tx, loss, engine, env), engine, env, sharded)
+
+    def general(loss: Loss) -> Whole:
+        return _whole(unreduced(tx, loss, engine, env), engine, env, sharded)
+
+    active = [p for p in tx if p.name not in engine.handles]
+    wrapped = any(p.forward or p.backward for p in active)
+    if wrapped or env.world > 1 or engine.carry or engine.through:
+        return general(loss)
+
+    def failed(error: BaseException, state: State) -> None:
+        _tidied(error, state, env)
+
+    return alone(loss, engine, general, _as_at_init, failed)
 
 
 def unreduced(tx: Transform, loss: Loss, engine: Engine, env: Env) -> Inner:
@@ -86,8 +101,7 @@ def unreduced(tx: Transform, loss: Loss, engine: Engine, env: Env) -> Inner:
 
 def env_of(state: State) -> Env:
     """The Env that the model of `state` was placed on."""
-    placed = state.slots.get("shard_model")
-    return _ALONE if placed is None else placed.env
+    return state.slots.get("shard_model", UNPLACED).env
 
 
 def _local(loss: Loss, engine: Engine, share: int) -> Inner:
@@ -96,11 +110,16 @@ def _local(loss: Loss, engine: Engine, share: int) -> Inner:
     Gradients come out as of the total over all rows, divided by what `_unit` says.
     """
 
+    backward, carry = engine.backward, engine.carry
+
     def local(state: State, args: Args, rows: Rows) -> tuple[State, Out]:
         value, scale, out = weighed(state, loss(state.model, *args), args, rows, share)
-        leaf = None if engine.carry is None else engine.carry(state)
-        count = 0 if isinstance(out.loss, Mean) else out.weight
-        engine.backward(state, value, scale, *_carried(leaf, value, count))
+        leaf = None if carry is None else carry(state)
+        if leaf is None:
+            backward(state, value, scale)
+        else:
+            count = 0 if isinstance(out.loss, Mean) else out.weight
+            backward(state, value, scale, leaf, _carried(leaf, value, count))
         return state, out
 
     return local
@@ -113,21 +132,25 @@ def weighed(
 
     Where `share` ranks hold parts of the same rows, a mean is of a part of each row.
     """
+    scaler, unit, count = state.slots.get("loss_scale"), rows.total or 1, rows.rows
+    up = 1.0 if scaler is None else scaler.scale
+    usual = type(result) is Tensor and share == 1 and not rows.padded and count
+    if usual and result.requires_grad and not result.dim():  # without another call
+        return result, up * (count / unit), Out(result.detach(), count)
     value, aux = read(result)
     if rows.padded:
         aux = _padded(value, aux, args, rows)
-    up, unit = _loss_scale(state), _unit(rows.total)
     if isinstance(value, Mean):
-        total = _trains(_as_total(value))
+        total = trains(as_total(value))
         if not rows.rows:  # a placeholder takes part, and counts for nothing
             none = Mean(torch.zeros_like(total), 0)
             return total, 0.0, Out(cast(Any, none), 0, aux=_empty(aux))
-        kept = Mean(total.detach(), _detached(value.weight))
+        kept = Mean(total.detach(), detached(value.weight))
         return total, up / unit, Out(cast(Any, kept), kept.weight, aux=aux)
-    count = rows.rows if share == 1 or not rows.rows else rows.rows / share
+    count = count if share == 1 or not count else count / share
     aux = aux if rows.rows else _empty(aux)
     out = Out(value.detach(), count, aux=aux)
-    return _trains(value), up * (count / unit), out
+    return trains(value), up * (count / unit), out
 
 
 def _padded(value: Tensor | Mean, aux: Any, args: Args, rows: Rows) -> Any:
@@ -163,12 +186,10 @@ def plain_mean(what: str) -> LossError:
     )
 
 
-def _carried(leaf: Any, loss: Tensor, rows: Any) -> tuple[Any, ...]:
+def _carried(leaf: Any, loss: Tensor, rows: Any) -> Tensor:
     """What an engine that can reduces along: the loss of this microbatch's rows."""
-    if leaf is None:
-        return ()
     total = loss.detach().to(leaf.dtype) * rows
-    return leaf, total if rows else torch.zeros_like(total)
+    return total if rows else torch.zeros_like(total)
 
 
 def _unit(total: int) -> float:
@@ -178,66 +199,6 @@ def _unit(total: int) -> float:
     stay of the size of means, which half precision asks for.
     """
     return float(total or 1)
-
-
-def _loss_scale(state: State) -> float:
-    slot = state.slots.get("loss_scale")
-    return 1.0 if slot is None else slot.scale
-
-
-def read(result: Any) -> tuple[Tensor | Mean, Any]:
-    """What a loss function returned, as (loss, aux). Raises LossError for no scalar."""
-    aux = None
-    if isinstance(result, tuple) and len(result) == 2:  # type: ignore[reportUnknownArgumentType]
-        result, aux = result  # type: ignore[reportUnknownVariableType]
-    if isinstance(result, Mean):
-        return result, _aux(aux)
-    if not isinstance(result, Tensor):
-        raise LossError(
-            "the loss function wants to return a scalar tensor, ax.Mean(total, "
-            f"weight), or (either, aux), got {type(result).__name__}; write `return "
-            "loss`"  # type: ignore[reportUnknownArgumentType]
-        )
-    if result.dim():
-        raise LossError(
-            "the loss wants to be a scalar, got a tensor of shape "
-            f"{tuple(result.shape)}; write loss.mean() for a mean over rows, or "
-            "ax.Mean(loss.sum(), loss.numel())"
-        )
-    return result, _aux(aux)
-
-
-def _aux(aux: Any) -> Any:
-    if aux is None:
-        return None
-    return tree.map_leaves(_detached, aux)
-
-
-def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf
-
-
-def _trains(loss: Tensor) -> Tensor:
-    if not loss.requires_grad:
-        raise LossError(
-            "the loss wants to depend on a trainable parameter, got one without a "
-            "gradient; compute it from the model that the loss function is given, "
-            "outside torch.no_grad(), or use ax.measure to evaluate"
-        )
-    return loss
-
-
-def _as_total(mean: Mean) -> Tensor:
-    total = mean.total
-    if not isinstance(total, Tensor) or total.dim():
-        shape = (
-            tuple(total.shape) if isinstance(total, Tensor) else type(total).__name__
-        )
-        raise LossError(
-            f"the total of a Mean wants to be a scalar tensor, got {shape}; "
-            "write ax.Mean(losses.sum(), mask.sum())"
-        )
-    return total
 
 
 def _empty(aux: Any) -> Any:
@@ -255,19 +216,21 @@ def _is_mean(node: Any) -> bool:
     return isinstance(node, Mean)
 
 
-def _whole(inner: Inner, engine: Engine, env: Env, sharded: bool) -> Grads:
+def _whole(inner: Inner, engine: Engine, env: Env, sharded: bool) -> Whole:
     """Reduce weights, losses and aux over ranks at once, then make gradients whole."""
     ranks = rows_env(env).world  # with rows of their own
     doubtful = sharded and ranks > 1
+    first = ranks > 1 and engine.through is None
 
-    def whole(state: State, *args: Any) -> tuple[State, Out]:
-        nonlocal doubtful
+    def whole(state: State, args: Args) -> tuple[State, Out]:
+        nonlocal doubtful, first
         rows = _rows(args, ranks)
         _as_at_init(state)
         if doubtful and not rows.total:
             doubtful = False
             _warn_of_whole_batches(rows.rows, ranks)
-        unit, scale = rows.total, 1.0 / _loss_scale(state)
+        unit, up = rows.total, state.slots.get("loss_scale")
+        scale = 1.0 if up is None else 1.0 / up.scale
         earlier = _set_aside(state) if state.pending else []
         leaf = None if engine.carry is None else engine.carry(state)
         try:
@@ -282,26 +245,38 @@ def _whole(inner: Inner, engine: Engine, env: Env, sharded: bool) -> Grads:
             elif env.world > 1 or out.aux is not None:  # nothing waits for the report
                 out = owing(_fields(_reduced(env, out), unit))
             engine.settle(state, scale)
-        except BaseException as error:  # leave no half of a gradient behind
-            say_full(error, state, env)
-            say_sliced(error)
-            for _, p in state.trained:
-                p.grad = None
-            if "shard_model" in state.slots:
-                state.slots["shard_model"].forget()
+        except BaseException as error:
+            _tidied(error, state, env)
             raise
         finally:
             if leaf is not None:
                 leaf.grad = None
-            _put_back(earlier)
+            if earlier:
+                _put_back(earlier)
+        if first:
+            first = False
+            say_own(out.aux)
+            if not state.position:  # of the run, on all ranks alike
+                say_parted(state, env)
         return state, out if rows.waited is None else timed(out, rows.waited.take())
 
     return whole
 
 
+def _tidied(error: BaseException, state: State, env: Env) -> None:
+    """Leave no half of a gradient behind, and say more of the error."""
+    say_full(error, state, env)
+    say_sliced(error)
+    for _, p in state.trained:
+        p.grad = None
+    if "shard_model" in state.slots:
+        state.slots["shard_model"].forget()
+
+
 def _rows(args: Args, ranks: int) -> Rows:
     """The rows of `args`; refuses rows cut over ranks for a model on one."""
-    rows = rows_in(args, ranks)
+    marked, here = look(args)
+    rows = unmarked(here, ranks) if marked is None else marked
     if len(args) > 1:
         one_mark(args)
     if ranks == 1 and rows.total > rows.rows:

@@ -121,8 +121,8 @@ def as_loader(source: Any, **fields: Any) -> Loader | Stream:
             )
         if "batch_size" not in fields:
             raise DataError(
-                f"a loader needs a batch size, got the dataset {type(source).__name__} "
-                "alone; write DataLoader(dataset, batch_size=...)"
+                f"a loader needs a batch size, got the {_kind(source)} alone; write "
+                f"{_wrapped(source)}"
             )
         return Loader(source, **fields)
     twice = fields.keys() - {"seed", "rank", "world", "device", "env"}
@@ -134,6 +134,18 @@ def as_loader(source: Any, **fields: Any) -> Loader | Stream:
     if isinstance(source, Loader):
         return attrs.evolve(source, **fields)
     return Loader(source.dataset, **accept.settings_of(source), **fields)
+
+
+def _kind(source: Any) -> str:
+    return f"{'dataset ' * hasattr(source, '__getitem__')}{type(source).__name__}"
+
+
+def _wrapped(source: Any) -> str:
+    """The DataLoader over `source`, by what can be seen of it."""
+    if not hasattr(source, "__getitem__"):
+        return "DataLoader(dataset, batch_size=...) over a Dataset or IterableDataset"
+    whole = " (batch_size=None if each item is a batch)" * isinstance(source, list)
+    return f"DataLoader(dataset, batch_size=...){whole}"
 
 
 def guarantee(loader: Loader | Stream) -> str:
@@ -248,14 +260,16 @@ def _spans(loader: Loader, start: int, stop: int | None) -> int:
             f"drop_last={loader.drop_last}; give a dataset with items, or a smaller "
             "batch_size"
         )
-    return stop
+    return max(start, stop)  # a run that is beyond `stop` already has no step to make
 
 
 def _delivered(
     loader: Loader, found: Iterator[Any], start: int, stop: int, marked: deque[Rows]
 ) -> Iterator[Any]:
     """`found`, moved and marked, with step and rank noted on what it raises."""
-    step, waited, alarmed = start, Waited(), False
+    step, waited = start, Waited()
+    # collating by torch's own rule keeps each row, and looking takes 1 us
+    looked = not loader.batched and fetch.keeps_rows(loader.collate)
     if loader.batched:
         found = (_part(loader, whole, marked) for whole in found)
     marks = plan.marks(loader, start, waited)
@@ -267,7 +281,7 @@ def _delivered(
         for batch in prefetch.on_device(found, loader.device):
             waited.seconds += perf_counter() - began
             record = next(marks)
-            alarmed = alarmed or _odd(loader, batch, record, step)
+            looked = looked or _odd(loader, batch, record, step)
             yield stamp(batch, record)
             step += 1
             began = perf_counter()

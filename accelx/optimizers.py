@@ -25,6 +25,11 @@ def make(optim: Callable[[Any], Any] | None, model: nn.Module) -> tuple[Any, ...
             "that placing replaces; write `lambda m: "
             f"{type(optim).__name__}(m.parameters(), ...)`"
         )
+    if isinstance(optim, type) and issubclass(optim, Optimizer):
+        raise PlacementError(
+            f"init wants a function of the placed model, got the class {optim.__name__}"
+            f"; write `lambda m: {optim.__name__}(m.parameters(), lr=...)`"
+        )
     made = optim(model)
     optimizers = tuple(made) if isinstance(made, list | tuple) else (made,)  # type: ignore[reportUnknownArgumentType]
     for one in optimizers:

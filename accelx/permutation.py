@@ -130,7 +130,10 @@ def _network(n: int, base: int, positions: Tensor) -> Tensor:
     out = _feistel(positions, bits, keys)
     if n == 1 << bits:
         return out
-    where, values = _walk(out, n, bits, keys)
+    over = (out >= n).nonzero().view(-1)
+    if over.numel() > FEW and (1 << bits) - n <= out.numel():
+        return out.index_copy_(0, over, _leapt(out[over], n, bits, keys))
+    where, values = _walk(out, over, n, bits, keys)
     ended = [_ended(value, n, bits, words) for value in values.tolist()]
     return out.index_copy_(0, where, values.new_tensor(ended))
 
@@ -166,14 +169,28 @@ def _ended(x: int, n: int, bits: int, words: list[tuple[int, int]]) -> int:
     return x
 
 
-def _walk(
-    out: Tensor, n: int, bits: int, keys: list[tuple[int, Tensor]]
-) -> tuple[Tensor, Tensor]:
-    """Replace values of at least n by the next below n on their cycle, in place.
+def _leapt(values: Tensor, n: int, bits: int, keys: list[tuple[int, Tensor]]) -> Tensor:
+    """The next below n on the cycle of each of `values`, which are at least n.
 
-    The last few are left: where they stand, and how far they have come.
+    One pass says where each number from n on goes; each turn then doubles how far.
     """
-    where = (out >= n).nonzero().view(-1)
+    import torch
+
+    beyond = torch.arange(n, 1 << bits, device=values.device)
+    leaps, at = _feistel(beyond, bits, keys), values - n
+    while bool((leaps[at] >= n).any()):
+        over = (leaps >= n).nonzero().view(-1)
+        leaps.index_copy_(0, over, leaps[leaps[over] - n])
+    return leaps[at]
+
+
+def _walk(
+    out: Tensor, where: Tensor, n: int, bits: int, keys: list[tuple[int, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Replace values of at least n, at `where`, by the next below n on their cycle.
+
+    In place. The last few are left: where they stand, and how far they have come.
+    """
     values = out[where]
     while where.numel() > FEW:
         values = _feistel(values, bits, keys)

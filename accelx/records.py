@@ -179,6 +179,14 @@ def timed(out: Out, waited: float) -> Out:
 
 
 _write_times = vars(Out)["times"].__set__
+_write_stepped = vars(Out)["stepped"].__set__
+
+
+def made_in(out: Out, times: Mapping[str, float]) -> Out:
+    """`moved(out, times)` of one that nobody has read yet: written into it."""
+    _write_stepped(out, True)
+    _write_times(out, times)
+    return out
 
 
 def moved(out: Out, times: Mapping[str, float]) -> Out:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import random
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsIndex
 
 from accelx.env_part import rows_env
 
@@ -27,7 +27,7 @@ def seed(env: Env, n: int, per_rank: bool = False) -> None:
     """
     rows = rows_env(env)  # ranks that share rows must draw alike
     last = LAST - (rows.world - 1 if per_rank else 0)
-    if not 0 <= n <= last:
+    if not isinstance(n, SupportsIndex) or not 0 <= n <= last:  # type: ignore[reportUnnecessaryIsInstance]
         raise ValueError(
             f"seed wants an integer from 0 to {last}, got {n!r}; "
             "write for example seed(env, 0)"

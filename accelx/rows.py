@@ -18,6 +18,7 @@ from accelx.errors import DataError
 from accelx.state import State
 
 B = TypeVar("B")
+_BARE = frozenset((str, bytes, int, float, bool, type(None)))  # texts: 0.4 us each
 
 
 @attrs.define(eq=False)
@@ -92,6 +93,8 @@ def leading(*args: object) -> int | None:
 
 def _with_rows(nodes: Iterable[Any]) -> Tensor | None:
     for node in nodes:
+        if type(node) in _BARE:
+            continue
         if isinstance(node, Tensor):
             found = node if node.dim() else None
         else:
@@ -127,21 +130,23 @@ def row_weights(batch: object) -> Tensor:
     return (torch.arange(length, device=first.device) < real).float()
 
 
-def look(args: Iterable[Any]) -> tuple[Rows | None, int | None]:
-    """The first mark in `args`, or else the first `size(0)`: one walk, at each step."""
-    return _look(args, None)
+def look(
+    nodes: Iterable[Any], size: int | None = None
+) -> tuple[Rows | None, int | None]:
+    """The first mark in `nodes`, or else the first `size(0)`: one walk, at each step.
 
-
-def _look(nodes: Iterable[Any], size: int | None) -> tuple[Rows | None, int | None]:
+    `size` is that of what was looked at before.
+    """
     for node in nodes:
         if isinstance(node, Tensor):
-            if size is None and node.dim():
-                size = node.size(0)
+            if size is None and node.ndim:
+                size = node.shape[0]  # 0.3 us less than size(0)
             found = getattr(node, "_accelx_rows", None)
-        else:
-            kind = type(node)  # the usual containers without another call: 0.3 us each
+        elif (kind := type(node)) in _BARE:
+            continue
+        else:  # the usual containers without another call: 0.3 us each
             inner = node if kind is list or kind is tuple else _children(node)
-            found, size = _look(inner, size) if inner else (_own(node), size)
+            found, size = look(inner, size) if inner else (_own(node), size)
         if found is not None:
             return found, size
     return None, size
@@ -174,13 +179,12 @@ def _stamp(node: Any, record: Rows) -> bool:
         return True
     found = False
     for child in _children(node):
-        if type(child) is Tensor:  # a call less a tensor: 0.3 us
-            if "_accelx_rows" in child.__dict__:
+        kind = type(child)
+        if kind is Tensor:  # a call less a tensor: 0.3 us
+            if child.__dict__.setdefault("_accelx_rows", record) is not record:
                 _write(child, record)
-            else:
-                child._accelx_rows = record  # type: ignore[attr-defined]
             found = True
-        elif _stamp(child, record):
+        elif kind not in _BARE and _stamp(child, record):
             found = True
     return found
 

@@ -16,13 +16,15 @@ from accelx.cut import rows_in
 from accelx.data.stream import Stream
 from accelx.engines.copies import furnished
 from accelx.engines.methods import say_sliced
-from accelx.engines.placed import engine_of, seal
+from accelx.engines.placed import UNPLACED, engine_of, seal
 from accelx.env_part import rows_env
-from accelx.errors import DataError
+from accelx.errors import DataError, PlacementError
 from accelx.fit_full import say_full
+from accelx.gradients import env_of
+from accelx.gradients_read import check_loss, check_scalar
 from accelx.loader import Loader, as_loader, batches
 from accelx.optimizers import make
-from accelx.records import Loss, Mean, Out, Transform, moved
+from accelx.records import Loss, Mean, Out, Transform, made_in, moved
 from accelx.run_told import under_way
 from accelx.state import (
     State,
@@ -125,13 +127,14 @@ def grads(tx: Transform, loss: Loss) -> Step:
     reduced over ranks, unscaled and not clipped. Spends the state.
     """
     check_transform("grads", tx)
+    check_loss("grads", loss)
     run = gradients.pipeline(tx, loss)
 
     def gradients_of(state: State, *args: Any) -> tuple[State, Out]:
         check_state("grads", state)
         began = perf_counter()
         with under_way("grads", state, loss, args):
-            after, out = run(state, *args)
+            after, out = run(state, args)
         times = {**out.times, "grads": perf_counter() - began}
         out = attrs.evolve(out, late=None, times=times)
         after = attrs.evolve(after, pending=True)
@@ -151,6 +154,8 @@ def apply(tx: Transform) -> Step:
 
     def applied(state: State, out: Out) -> tuple[State, Out]:
         check_state("apply", state)
+        if not state.optimizers:
+            raise _unmoved("apply")
         with under_way("apply", state):
             return _spending(run, state, state, out, out.times.get("grads", 0.0))
 
@@ -164,17 +169,31 @@ def step(tx: Transform, loss: Loss) -> Step:
     over all of it. Spends the state: go on with the one that it returns (L7).
     """
     check_transform("step", tx)
-    first, second = gradients.pipeline(tx, loss), _update(tx)
+    check_loss("step", loss)
+    first, second = gradients.pipeline(tx, loss), _update(tx, own=True)
 
     def one_step(state: State, *args: Any) -> tuple[State, Out]:
         if type(state) is not State or state.spent is not None:
             check_state("step", state)
+        if not state.optimizers:
+            raise _unmoved("step")
         began = perf_counter()
+        if state.slots.get("shard_model", UNPLACED).env.world == 1:  # waits for nobody
+            after, out = first(state, args)
+            return _spending(second, state, after, out, perf_counter() - began)
         with under_way("step", state, loss, args):
-            after, out = first(state, *args)
+            after, out = first(state, args)
             return _spending(second, state, after, out, perf_counter() - began)
 
     return one_step
+
+
+def _unmoved(name: str) -> PlacementError:
+    return PlacementError(
+        f"ax.{name} wants an optimizer to move the weights, got a state without one; "
+        "write ax.init(tx, model, lambda m: AdamW(m.parameters(), 3e-4)), or ax.measure"
+        " to evaluate"
+    )
 
 
 def _spending(
@@ -183,17 +202,20 @@ def _spending(
     """`run(after, out, seconds)`; spends `state`, also where it fails half-way."""
     number = state.step
     try:
-        return run(after, out, seconds)
+        after, out = run(after, out, seconds)
     except BaseException as error:
-        say_full(error, after, gradients.env_of(after))
-        number = f"{number}, which failed half-way"
+        say_full(error, after, env_of(after))
+        spend(state, f"step {number}, which failed half-way")
         raise
-    finally:
-        spend(state, f"step {number}")
+    spend(state, f"step {number}")
+    return after, out
 
 
-def _update(tx: Transform) -> Step:
-    """Passes before, the optimizers, passes after; what the engine does is left out."""
+def _update(tx: Transform, own: bool = False) -> Step:
+    """Passes before, the optimizers, passes after; what the engine does is left out.
+
+    `own`: nobody has the report of the gradients but who calls this.
+    """
 
     def whole(state: State, out: Out, seconds: float) -> tuple[State, Out]:
         state, out = update(state, out, seconds)
@@ -203,7 +225,7 @@ def _update(tx: Transform) -> Step:
 
     def update(state: State, out: Out, seconds: float) -> tuple[State, Out]:
         began = perf_counter()
-        engine = engine_of(state)
+        engine = state.slots.get("shard_model", UNPLACED).engine
         active = acting and [p for p in acting if p.name not in engine.handles]
         for one in active:
             if one.before is not None and out.skipped is None:
@@ -214,12 +236,13 @@ def _update(tx: Transform) -> Step:
         engine.update(state)
         took = perf_counter() - began
         times = {**out.times, "grads": seconds, "update": took}
-        state, out = stepped(state, made=True), moved(out, times)
+        state, out = stepped(state, made=True), finish(out, times)
         for one in active:
             if one.after is not None:
                 state, out = one.after(state, out)
         return state, out
 
+    finish = made_in if own and not any(p.before or p.backward for p in tx) else moved
     acting = [p for p in tx if p.before is not None or p.after is not None]
     last: list[Any] = [p.done for p in tx if p.done is not None]
     return whole if last else update
@@ -245,7 +268,7 @@ def measure(tx: Transform, fn: Loss) -> Callable[..., Any]:
     last = [one.done for one in tx if one.done is not None]
 
     def measured(state: State, *args: Any) -> Any:
-        marked = rows_in(args, gradients.env_of(state).world)
+        marked = rows_in(args, env_of(state).world)
         rows = marked.rows
         with evaluating(state) as model:
             result = fn(model, *args)
@@ -259,6 +282,7 @@ def measure(tx: Transform, fn: Loss) -> Callable[..., Any]:
             elif marked.padded:
                 raise gradients.plain_mean("a number that ax.measure takes")
             else:
+                check_scalar(leaf)
                 total = torch.as_tensor(leaf) * (rows or 1)
                 weight = torch.tensor(rows or 1)
             if not rows:  # the same kind on each rank, and nothing even if nan

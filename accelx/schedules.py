@@ -22,6 +22,12 @@ class Curve:
     shape: str = attrs.field(default="cosine", repr=False)
 
     def __attrs_post_init__(self) -> None:
+        for name, n in (("warmup", self.warmup), ("total", self.total)):
+            if n % 1:  # a part of the run, as others take it; or nan
+                raise ValueError(
+                    f"a schedule counts updates, got {name}={n}; write a whole number, "
+                    f"such as round({n} * {self.total})"
+                )
         if not 0 <= self.warmup <= self.total:
             raise ValueError(
                 f"a schedule wants 0 <= warmup <= total, got warmup={self.warmup}, "

@@ -15,6 +15,7 @@ from accelx.engines.options import SLICED
 from accelx.engines.placed import engine_of
 from accelx.env import close, connect
 from accelx.env_axes import Axes
+from accelx.env_part import rows_env
 from accelx.errors import PlacementError
 from accelx.records import Env, Loss, Transform
 from accelx.run import init
@@ -22,6 +23,7 @@ from accelx.simulate_wire import Kept, Sent, size_of
 
 __all__ = ["Simulated", "simulate"]
 GIB = 2**30
+APART = ("shard_stages", "with_local_sgd", "with_diloco")
 
 
 @attrs.frozen
@@ -100,18 +102,42 @@ def simulate(
 
 def _possible(tx: Transform) -> None:
     """Refuse what sends from C++ or from other libraries, which nothing answers."""
+    odd = [name for name in APART if tx.find(name) is not None]
+    got = odd[0] if odd else _unanswered(tx)
+    if got is not None:
+        raise PlacementError(
+            "simulate wants weights in slices, cut inside layers or in copies that are "
+            f'reduced at each step, got {got}; write shard_model(env, "fsdp2"), or '
+            "leave that out"
+        )
+
+
+def _unanswered(tx: Transform) -> str | None:
+    """What of shard_model cannot be simulated."""
     placing = tx.find("shard_model")
-    kind = "no shard_model" if placing is None else repr(placing.kind)
-    inside = tx.find("shard_tensors") or tx.find("shard_experts")
-    if tx.find("shard_stages") is not None:
-        kind = "shard_stages"
-    elif placing is not None and (placing.kind in SLICED or inside):
-        return
-    raise PlacementError(
-        f"simulate wants weights in slices, or cut inside layers, got {kind}; write "
-        'shard_model(env, "fsdp2"). Under "ddp" each rank holds all, and sends twice '
-        "the bytes of the weights"
-    )
+    if placing is None:
+        return "no shard_model"
+    if placing.kind in SLICED or _inside(tx):
+        return None
+    if placing.kind != "ddp":
+        return repr(placing.kind)
+    if placing.hook not in (None, "bf16", "fp16"):
+        return f"hook={placing.hook!r}"
+    alike = rows_env(placing.env).world < placing.env.world
+    return 'ranks that share rows under "ddp"' if alike else None
+
+
+def _inside(tx: Transform) -> bool:
+    """Whether ranks have parts of layers, which are not placed by DDP."""
+    cutting = map(tx.find, ("shard_tensors", "shard_experts"))
+    return any(spec is not None and spec.over.world > 1 for spec in cutting)
+
+
+def _copied(tx: Transform) -> Transform | None:
+    """The chain of one copy, whose gradients DDP would send from C++; else None."""
+    if tx.find("shard_model").kind != "ddp" or _inside(tx):
+        return None
+    return Transform(tuple(p for p in tx if p.name != "shard_model"))
 
 
 def _simulated(
@@ -126,6 +152,8 @@ def _simulated(
         whole = model()
         args = tuple(mode.from_tensor(one) for one in args)
     count = sum(p.numel() for p in whole.parameters())
+    copy, wire = _copied(tx), tx.find("shard_model").hook and 2  # bytes of a number
+    tx = tx if copy is None else copy
     state = init(tx, whole, optim)
     own = [_torch_simulate.own_of(p) for p in state.model.parameters()]
     placed_on = gradients.env_of(state)
@@ -135,6 +163,9 @@ def _simulated(
         state, _ = inner(state, args, rows_in(args, placed_on.world))
     grads = [p.grad for _, p in state.trained if p.grad is not None]
     own_grads = size_of([_torch_simulate.own_of(grad) for grad in grads])
+    if copy is not None:
+        size = own_grads if wire is None else wire * sum(g.numel() for g in grads)
+        sent.bytes["reduced"] += 2 * size * (env.world - 1) // env.world
     moments = sum(_moments(optimizer) for optimizer in state.optimizers)
     return Simulated(
         *(env.rank, env.world, count, size_of(own)),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from typing_extensions import Buffer
 
@@ -49,14 +51,17 @@ def _reserve(fd: int, size: int) -> None:
     """
     if sys.platform != "linux" or not size:
         return
-    libc = ctypes.CDLL(None, use_errno=True)
     room = ctypes.c_int64(size)  # off_t, also where a C long has 32 bits
-    failed = getattr(libc, "fallocate64", libc.fallocate)(
-        fd, 0, ctypes.c_int64(0), room
-    )
+    failed = _fallocate()(fd, 0, ctypes.c_int64(0), room)
     code = ctypes.get_errno()
     if failed and code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         raise OSError(code, os.strerror(code))
+
+
+@functools.cache  # to open the library takes a millisecond
+def _fallocate() -> Any:
+    libc = ctypes.CDLL(None, use_errno=True)
+    return getattr(libc, "fallocate64", libc.fallocate)
 
 
 def make_folder(folder: Path) -> None:

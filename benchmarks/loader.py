@@ -3,10 +3,12 @@
     python benchmarks/loader.py [--rounds 9] [--cpu]
 
 Shuffled, one rank, the opening of the epoch included. Cheap items are 64 numbers and a
-label, from tensors or NumPy arrays, or two numbers of a list; an expensive one takes a
-matrix product of about 0.4 ms. Each group's first row is torch's plain DataLoader. The
-last group is the first batch of an epoch of 10^6. With --cpu the time is that of the
-CPU, process and workers together: on a busy machine others are in the elapsed time.
+label, from tensors, half of them by random_split, or NumPy arrays, or two numbers of a
+list; rows of Hugging Face's datasets are 128 tokens and a label, without a format and
+with that of torch; an expensive item takes a matrix product of about 0.4 ms. Each
+group's first row is torch's plain DataLoader. The last group is the first batch of an
+epoch of 10^6. With --cpu the time is that of the CPU, process and workers together: on
+a busy machine others are in the elapsed time.
 """
 
 from __future__ import annotations
@@ -19,12 +21,21 @@ from itertools import islice
 os.environ["OMP_NUM_THREADS"] = "1"
 import compare
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    TensorDataset,
+    random_split,
+)
 
 import accelx as ax
 
 GOALS = {
     "TensorDataset of 32: accelx": "at most 0.77",
+    "a split of 32: accelx": "at most 0.77",
+    "datasets, lists of 32: accelx": "at most 0.77",
+    "datasets, tensors of 32: accelx": "at most 0.77",
     "items of 32: accelx": "at most 1.0",
     "items of 32, 2 workers: accelx": "at most 1.0",
     "expensive items of 32, 2 workers: accelx": "at most 1.0",
@@ -72,6 +83,15 @@ class Expensive(Items):
         return {"x": self.x[index] + work[0, :64] * 0, "y": self.y[index]}
 
 
+def rows(n):
+    """Rows that Hugging Face's datasets reads from Arrow memory."""
+    import datasets
+
+    tokens, labels = torch.randint(0, 50257, (n, 128)), torch.randint(0, 10, (n,))
+    columns = {"tokens": tokens.tolist(), "label": labels.tolist()}
+    return datasets.Dataset.from_dict(columns)
+
+
 def accelerated(theirs, dispatch):
     """The same loader as accelerate prepares it, on one rank."""
     from accelerate import Accelerator
@@ -115,8 +135,12 @@ def groups():
     n = 32 * 100
     columns = TensorDataset(torch.randn(n, 64), torch.randint(0, 10, (n,)))
     yield variants("TensorDataset of 32", columns, 32, peers=True)
+    half, _ = random_split(columns, [n // 2, n // 2])
+    yield variants("a split of 32", half, 32)
     yield variants("items of 32", Items(n), 32, peers=True)
     yield variants("__getitems__ of 32", Bulk(n), 32)
+    yield variants("datasets, lists of 32", rows(n), 32)
+    yield variants("datasets, tensors of 32", rows(n).with_format("torch"), 32)
     yield variants("arrays of 32", Arrays(n), 32)
     numbers = [(i, float(i)) for i in range(n)]
     yield variants("list of numbers of 32", numbers, 32)

@@ -73,7 +73,6 @@ def pieces(batch):
     tx = ax.shard_model(ax.Env())
     now = ax.init(tx, work.net, work.optimizer)
     value = torch.ones((), requires_grad=True) * 2
-    out = records.Out(value.detach(), 32)
 
     def spent():
         state.spend(state.stepped(now, made=True), "a benchmark")
@@ -85,9 +84,8 @@ def pieces(batch):
         ],
         "check what the loss returned": lambda: gradients.read(value),
         "detach the loss": value.detach,
-        "two reports (Out)": lambda: (
-            records.Out(value, 32),
-            records.moved(out, {"grads": 0.0}),
+        "the report (Out)": lambda: records.made_in(
+            records.Out(value, 32), {"grads": 0.0}
         ),
         "the next State, spending the last": spent,
         "look up engine and Env": lambda: (

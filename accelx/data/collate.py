@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,6 +21,11 @@ from accelx import _torch
 from accelx.data.parcel import SMALL
 
 Items = Any  # a list of items, or a tuple of one part of each
+MANY = 4  # columns of numbers that are quicker packed all at once
+_CODES: dict[type, tuple[str, torch.dtype]] = {
+    int: ("q", torch.int64),
+    float: ("d", torch.float64),
+}
 
 
 def quick(collate: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
@@ -72,17 +78,24 @@ def _arrays(batch: Items) -> Any:
     return _tensors(found)
 
 
-def _numbers(kind: type, typecode: str, dtype: torch.dtype) -> Callable[[Items], Any]:
+def _numbers(kind: type) -> Callable[[Items], Any]:
     def made(batch: Items) -> Any:
-        if set(map(type, batch)) != {kind}:
-            return default_collate(batch)
-        try:
-            found = array(typecode, batch)
-        except OverflowError:
-            return default_collate(batch)
-        return torch.frombuffer(found, dtype=dtype).clone()  # torch.tensor: 5 times it
+        found = _packed(kind, batch)
+        # torch.tensor takes 5 times as long
+        return default_collate(batch) if found is None else found.clone()
 
     return made
+
+
+def _packed(kind: type, numbers: Items) -> Tensor | None:
+    """Numbers of one kind in a buffer, which the tensor is a view of."""
+    if set(map(type, numbers)) != {kind}:
+        return None
+    typecode, dtype = _CODES[kind]
+    try:
+        return torch.frombuffer(array(typecode, numbers), dtype=dtype)
+    except OverflowError:
+        return None
 
 
 def _texts(batch: Items) -> Any:
@@ -96,6 +109,13 @@ def _columns(batch: Items) -> Any:
         even = False
     if not even:
         return default_collate(batch)
+    first = batch[0]
+    if len(first) >= MANY and type(first[0]) in _CODES:
+        flat = [*chain.from_iterable(zip(*batch, strict=True))]
+        table = _packed(type(first[0]), flat)
+        if table is not None:
+            each: Any = torch.unbind_copy(table.view(len(first), len(batch)))
+            return list(each)
     return [_collated(column) for column in zip(*batch, strict=True)]
 
 
@@ -105,8 +125,8 @@ def _named(batch: Items) -> Any:
 
 _MADE: dict[type, Callable[[Items], Any]] = {
     Tensor: _tensors,
-    int: _numbers(int, "q", torch.int64),
-    float: _numbers(float, "d", torch.float64),
+    int: _numbers(int),
+    float: _numbers(float),
     str: _texts,
     bytes: _texts,
     tuple: _columns,

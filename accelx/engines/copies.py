@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from types import MappingProxyType, MethodType
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from accelx.engines.placed import Placed, blueprint, claim, promises
 from accelx.errors import PlacementError
 from accelx.records import Env, Transform
-from accelx.state import duplicated, frozen_in, trainable
+from accelx.state import duplicated, frozen_in, slots_of, trainable
 
 if TYPE_CHECKING:
     from accelx.state import State
@@ -157,7 +157,7 @@ def _carried(state: State, placed: Placed) -> State:
         state,
         model=placed.model,
         optimizers=optimizers,
-        slots=MappingProxyType({**slots, "shard_model": placed}),
+        slots=slots_of({**slots, "shard_model": placed}),
         trained=trainable(placed.model),
         still=frozen_in(placed.model),
     )

@@ -6,15 +6,18 @@ precision and schedules are the chain's, as on every engine.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from accelx import dtypes
+from accelx import deferred, dtypes
 from accelx.engines import (
     copies,
     deepspeed_config as configs,
+    deepspeed_cut,
+    deepspeed_held,
     deepspeed_open,
     deepspeed_slices,
     deepspeed_step as step,
@@ -47,15 +50,60 @@ def check(plan: Plan, tx: Transform) -> None:
 
 
 def place(model: nn.Module, plan: Plan) -> Placed:
-    """Put rank 0's weights and buffers on every rank; slices come with the optimizer.
+    """Put rank 0's weights and buffers on every rank, under stage 3 in slices.
 
-    Effects: collectives; `model` keeps its object, class and names (L8).
+    Other slices come with the optimizer. Effects: collectives; `model` keeps its
+    object, class and names (L8).
     """
+    stage = configs.stage_of(plan.options)
+    _sendable(model, stage)
+    if stage == 3:
+        return _cut(model, plan, Tensor.detach)
     model.to(plan.env.device)
+    for weight in model.parameters():
+        weight.data = weight.data.contiguous()  # DeepSpeed sends no other, as bytes
     dtypes.cast(model, plan.precision)
     for tensor in (*model.parameters(), *model.buffers()):
         copies.from_main(tensor, plan.env.device)
-    seat = step.Seat(plan, configs.stage_of(plan.options))
+    return _placed(model, plan, step.Seat(plan, stage))
+
+
+def place_deferred(factory: Callable[[], nn.Module], plan: Plan) -> Placed:
+    """Slice a model while it is made, under stage 3: no rank ever holds it whole.
+
+    The numbers are those of calling `factory` on rank 0. Peak memory is this rank's
+    slices, `deferred.BUDGET` and the largest weight.
+    """
+    model, recorder = deferred.build(factory)
+    placed.claim(model, plan.env, plan.fills)
+    placed.check(model, plan)
+    _sendable(model, 3)
+    return _cut(model, plan, recorder.full)
+
+
+def cuts(plan: Plan) -> bool:
+    """Whether weights, too, are in slices: the third stage of ZeRO."""
+    return configs.stage_of(plan.options) == 3
+
+
+def _sendable(model: nn.Module, stage: int) -> None:
+    """Refuse weights that DeepSpeed cannot send or cut, by name."""
+    least = 1 if stage == 3 else 0
+    few = [n for n, p in model.named_parameters() if not p.dim() or p.numel() < least]
+    if few:
+        raise PlacementError(
+            "deepspeed wants weights with a dimension, and stage 3 with an element, "
+            f"but {', '.join(few[:5])} has none; write torch.zeros(1) instead of "
+            'torch.zeros(()), leave an empty one out, or use shard_model(env, "ddp")'
+        )
+
+
+def _cut(model: nn.Module, plan: Plan, full: deepspeed_cut.Full) -> Placed:
+    deepspeed_cut.cut(model, plan, full)
+    return _placed(model, plan, step.Seat(plan, 3, cut=True))
+
+
+def _placed(model: nn.Module, plan: Plan, seat: step.Seat) -> Placed:
     return Placed(
         ENGINE,
         plan.env,
@@ -66,9 +114,11 @@ def place(model: nn.Module, plan: Plan) -> Placed:
         fork=_no_fork,
         begin=_begin,
         forget=lambda: step.forget(seat),
-        flat=lambda: _flat(seat),
+        flat=lambda: _flat(seat, model),
         seen=_seen,
         written=lambda: _written(seat),
+        inside=lambda: deepspeed_held.held(seat, model),
+        export=_export,
     )
 
 
@@ -84,12 +134,20 @@ def _begin(state: State, tx: Transform) -> State:
     here: Placed = state.slots["shard_model"]
     seat: step.Seat = here.handle
     if not state.optimizers:
+        if seat.cut:
+            deepspeed_cut.whole(state.model)
+            seat.cut = False
         return state
     _trainable(state, seat.stage)
     (seat.optimizer,) = state.optimizers
     seat.groups = [list(group["params"]) for group in seat.optimizer.param_groups]
+    used = seat.used.add  # not the seat, which a weight would keep for good
     for _, p in state.trained:  # before DeepSpeed's own, which take gradients away
-        p.register_post_accumulate_grad_hook(lambda p: seat.used.add(id(p)))
+        p.register_post_accumulate_grad_hook(lambda p: used(id(p)))
+    if seat.cut:
+        deepspeed_cut.bare(state.model)
+    limit = tx.find("clip")
+    seat.limit = 0.0 if limit is None else limit.norm
     config = configs.config(seat.plan.options, tx)
     seat.engine = deepspeed_open.initialize(
         here.env, state.model, seat.optimizer, config
@@ -137,10 +195,8 @@ def _groups(state: State) -> list[dict[str, Any]]:
     return state.optimizers[0].param_groups
 
 
-def _flat(seat: step.Seat) -> dict[int, Any]:
-    if seat.engine is None or seat.stage < 3:
-        return {}
-    return deepspeed_slices.weights(seat.engine.module, seat.plan.env)
+def _flat(seat: step.Seat, model: nn.Module) -> dict[int, Any]:
+    return deepspeed_slices.weights(model, seat.plan.env) if seat.cut else {}
 
 
 def _seen(state: State) -> tuple[Any, ...]:
@@ -150,6 +206,27 @@ def _seen(state: State) -> tuple[Any, ...]:
         return state.optimizers
     cut = deepspeed_slices.slices(seat.zero, seat.stage, here.env)
     return (deepspeed_slices.seen(seat.optimizer, seat.groups, cut),)
+
+
+def _export(state: State, folder: str, name: str) -> None:
+    """Save as DeepSpeed does, with what is accelx's while it trains: counts, clip."""
+    here: Placed = state.slots["shard_model"]
+    seat: step.Seat = here.handle
+    if seat.engine is None:
+        raise PlacementError(
+            "a checkpoint of DeepSpeed has an optimizer's state, but ax.init was given "
+            "none; write export((env, state), out), which writes weights"
+        )
+    seat.engine.global_steps, seat.engine.skipped_steps = state.step, state.skipped
+    if not seat.stage:
+        deepspeed_open.save(here.env, seat.engine, folder, name)
+        return
+    seat.zero.refresh_fp32_params()
+    seat.zero.clip_grad = seat.limit  # those who load it clip as it says
+    try:
+        deepspeed_open.save(here.env, seat.engine, folder, name)
+    finally:
+        seat.zero.clip_grad = 0.0
 
 
 def _written(seat: step.Seat) -> None:

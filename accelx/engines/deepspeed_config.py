@@ -78,22 +78,28 @@ def stage_of(options: Options) -> int:
 def config(options: Options, tx: Transform) -> dict[str, Any]:
     """DeepSpeed's configuration of a chain. Raises PlacementError where they clash."""
     theirs = _theirs(options)
-    stage, zero = stage_of(options), _zero(options)
     _agrees(theirs, tx)
+    made = {**_plain(theirs), **slicing(options)}
+    reduce = None if (spec := tx.find("with_precision")) is None else spec.precision
+    if reduce is not None and reduce.reduce is not None:
+        made["communication_data_type"] = reduce.reduce
+    return made
+
+
+def slicing(options: Options) -> dict[str, Any]:
+    """The part of it that no other pass has a say in: what is where, and in slices."""
+    stage, zero = stage_of(options), _zero(options)
     for key, why in _ZERO_NOT.items():
         if _left(zero.get(key)):
             raise PlacementError(
                 f"zero_optimization.{key}={zero[key]!r} of the configuration is not "
                 f"taken: {why}; leave it out"
             )
-    made = {**_plain(theirs), **copy.deepcopy(_FIXED)}
+    made = copy.deepcopy(_FIXED)
     made["zero_optimization"] = _offloaded(options, stage, _plain(zero))
     made["zero_optimization"]["stage"] = stage
     # else stage 3 changes `linear` of torch itself, and with it other models' numbers
     made["zero_optimization"].setdefault("memory_efficient_linear", False)
-    reduce = None if (spec := tx.find("with_precision")) is None else spec.precision
-    if reduce is not None and reduce.reduce is not None:
-        made["communication_data_type"] = reduce.reduce
     return made
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
+
+import torch
 
 from accelx.env import lent
 from accelx.errors import MissingExtraError, PlacementError
@@ -23,14 +25,47 @@ def initialize(env: Env, model: Any, optimizer: Any, config: dict[str, Any]) -> 
     The optimizer's groups hold flat slices afterwards, the model hooks and, under stage
     3, slices. Raises MissingExtraError where DeepSpeed is missing or too old.
     """
-    with _quietly(env):
-        deepspeed = _imported(env)
-        _join(deepspeed)
-        _seated(deepspeed, env)
+    with _ready(env) as deepspeed:
         made = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
     return made[0]
+
+
+def save(env: Env, engine: Any, folder: str, name: str) -> None:
+    """Have DeepSpeed write a checkpoint of its own. A collective."""
+    with _quietly(env):
+        engine.save_checkpoint(folder, tag=name)
+
+
+@contextmanager
+def slicing(env: Env, config: dict[str, Any]) -> Generator[Callable[[Any], None]]:
+    """A function that puts a slice of rank 0's weight in a weight's place, of stage 3.
+
+    It is a collective. Raises MissingExtraError as `initialize`.
+    """
+    first: list[Any] = []
+
+    def one(weight: Any) -> None:
+        if first:
+            first[0].convert_to_zero_parameters(param_list=[weight])
+            return
+        alone = torch.nn.ParameterList([weight])
+        deepspeed.zero.Init(module=alone, config_dict_or_path=config)
+        first.append(weight)
+
+    with _ready(env) as deepspeed:
+        yield one
+
+
+@contextmanager
+def _ready(env: Env) -> Generator[Any]:
+    """The package, quiet, and in touch with the other ranks."""
+    with _quietly(env):
+        deepspeed = _imported(env)
+        _join(deepspeed)
+        _seated(deepspeed, env)
+        yield deepspeed
 
 
 @contextmanager

@@ -30,6 +30,8 @@ class Seat:
     optimizer: Any = None  # the user's
     groups: list[list[Any]] = attrs.field(factory=list)  # its weights, before ZeRO
     used: set[int] = attrs.field(factory=set)  # ids of weights with a gradient
+    cut: bool = False  # whether weights are in slices already
+    limit: float = 0.0  # that of clip, 0 without one
     inside: bool = False  # whether a backward pass has begun and not ended
 
     @property
@@ -98,11 +100,12 @@ def _gradients(state: State) -> list[Tensor]:
         return plain.gradients(state)
     away = seat.zero.offload_optimizer if seat.stage == 3 else seat.zero.cpu_offload
     if away:
-        return [m.grad for m in _masters(seat) if m.grad is not None]
+        return [m.grad for m in masters(seat) if m.grad is not None]
     return [g for group in seat.zero.averaged_gradients.values() for g in group]
 
 
-def _masters(seat: Seat) -> list[Tensor]:
+def masters(seat: Seat) -> list[Tensor]:
+    """The slices that the optimizer updates, each (n,), of stages 1 to 3."""
     if seat.stage == 3:
         return seat.zero.fp32_partitioned_groups_flat
     return seat.zero.single_partition_of_fp32_groups

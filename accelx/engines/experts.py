@@ -14,6 +14,10 @@ from torch import Tensor, nn
 
 from accelx import _torch, comm
 from accelx.comm_wire import dist, group
+from accelx.engines import experts_tokens
+from accelx.engines.options import SLICED, divides, shards
+from accelx.engines.tensor_plans import styles
+from accelx.engines.tensors import elsewhere
 from accelx.env_part import along
 from accelx.errors import PlacementError
 from accelx.match import Selector, select
@@ -26,17 +30,23 @@ GIVEN = 3  # tokens, the experts of each, their weights
 DEALT = "_accelx_dealt"  # on a module whose experts are dealt out
 
 
-@attrs.frozen
+@attrs.define(eq=False)
 class Dealt:
     """Where the experts of one module are."""
 
     env: Env  # of the ranks that each hold some
+    near: Env | None  # of those among them that share layers
+    own: bool  # whether each of these has tokens of its own
     each: int  # experts on one rank
     names: tuple[str, ...]  # of the weights
+    looked: bool = False  # whether tokens of ranks that share layers were compared
 
 
 def chosen(model: nn.Module, selector: Selector, ranks: int) -> dict[str, nn.Module]:
-    """The modules whose experts `ranks` ranks hold, by name; refuses other forms."""
+    """The modules whose experts `ranks` ranks hold, by name; refuses other forms.
+
+    Those of another stage than this rank's are left out.
+    """
     if selector == "auto":
         found = {n: m for n, m in model.named_modules() if _of_transformers(m)}
     else:
@@ -47,6 +57,7 @@ def chosen(model: nn.Module, selector: Selector, ranks: int) -> dict[str, nn.Mod
             f"{type(model).__name__} has none; write shard_experts(env, "
             '"layers.*.experts"), for modules whose weights have one expert a row'
         )
+    found = {n: m for n, m in found.items() if not elsewhere(m)}
     for name, module in found.items():
         _fits(name, module, ranks)
     return found
@@ -94,36 +105,41 @@ def _given(parameter: Parameter) -> bool:
 def split(model: nn.Module, plan: Plan) -> list[nn.Module]:
     """Leave on each rank its experts, and have their modules send tokens; the modules.
 
-    Every rank must hold the same numbers. Effect: weights become DTensors over the axis
-    expert, `forward` of these modules a function that exchanges tokens.
+    Every rank must hold the same numbers. Effect: weights become DTensors over the axes
+    expert and tensor, `forward` of these modules a function that exchanges tokens.
     """
     from torch.distributed.tensor import Shard, distribute_tensor
 
     env: Env = plan.experts.over
     mesh: Any = comm.mesh(env)
     found = chosen(model, plan.experts.experts, env.world)
-    for module in found.values():
+    near, told = None, dict[str, Any]()
+    if plan.tensors is not None:
+        near = plan.tensors.over
+        told = styles(model, plan.tensors.plan, near.world, found.values())
+    for path, module in found.items():
         own = dict(module.named_parameters(recurse=False))
         each = next(iter(own.values())).shape[0] // env.world
         for name, p in own.items():
-            data = distribute_tensor(p.data, mesh, [Shard(0)], src_data_rank=None)
+            cuts = [Shard(0)] * mesh.ndim
+            data = distribute_tensor(p.data, mesh, cuts, src_data_rank=None)
             module.register_parameter(name, nn.Parameter(data, p.requires_grad))
-        vars(module)[DEALT] = Dealt(env, each, tuple(own))
+        vars(module)[DEALT] = Dealt(env, near, path in told, each, tuple(own))
         vars(module)["forward"] = MethodType(_forward, module)
     return list(found.values())
 
 
 def others(env: Env) -> Env:
-    """The ranks that hold the same experts."""
+    """The ranks that hold the same experts, of those with losses of their own."""
     return along(env, *[axis.name for axis in env.axes if axis.name != "expert"])
 
 
 def agrees(plan: Plan) -> None:
     """Refuse what is not done together with experts on ranks of their own."""
-    if plan.kind not in ("ddp", "fsdp2"):
+    if plan.kind not in ("ddp", "fsdp2", "hsdp"):
         raise PlacementError(
-            f'shard_experts goes with "ddp" and "fsdp2", got {plan.kind!r}; write '
-            'shard_model(env, "fsdp2")'
+            f'shard_experts goes with "ddp", "fsdp2" and "hsdp", got {plan.kind!r}; '
+            'write shard_model(env, "fsdp2")'
         )
     for name in ("ignored", "hook", "static_graph", "offload"):
         got = getattr(plan.options, name)
@@ -132,11 +148,27 @@ def agrees(plan: Plan) -> None:
                 f"shard_model({name}=...) is not for a chain with shard_experts, got "
                 f"{got!r}; leave it out"
             )
+    same = others(plan.env)
+    if plan.kind in SLICED and same.world > 1:
+        divides(plan.options.reshard_after_forward, shards(same, plan.kind))
 
 
 def _forward(module: Any, tokens: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Each token by its experts, wherever they are: (T, width), (T, k), (T, k)."""
     here: Dealt = vars(module)[DEALT]
+    near = here.near
+    if near is not None and not here.looked:
+        here.looked = True
+        experts_tokens.compare(near, tokens, here.own)
+    if near is None or here.own:
+        return _sent(module, here, tokens, index, weights)
+    shares = (experts_tokens.share(near, rows) for rows in (tokens, index, weights))
+    return experts_tokens.joined(near, _sent(module, here, *shares), tokens)
+
+
+def _sent(
+    module: Any, here: Dealt, tokens: Tensor, index: Tensor, weights: Tensor
+) -> Tensor:
     wanted = index.reshape(-1)
     target = wanted // here.each
     order = target.argsort(stable=True)
@@ -154,8 +186,8 @@ def _forward(module: Any, tokens: Tensor, index: Tensor, weights: Tensor) -> Ten
     with _local(module, here) as own:
         ones = torch.ones(len(which), 1, dtype=weights.dtype, device=weights.device)
         made = type(module).forward(module, arrived, which[:, None], ones)
-        if not len(which):  # its weights take part on every rank, tokens or not
-            made = made + sum(p.reshape(-1)[:1].sum() for p in own) * 0
+        if not len(which):  # all take part on every rank, backward too, tokens or not
+            made = made + sum(x.reshape(-1)[:1].sum() for x in (*own, arrived)) * 0
     home = moved(made, back, there) * weights.reshape(-1)[order, None]
     return torch.zeros_like(tokens).index_add(0, source, home.to(tokens.dtype))
 

@@ -17,6 +17,7 @@ from accelx.engines import (
     methods,
     options,
     placed,
+    suited,
     tensors,
     whole,
 )
@@ -97,7 +98,7 @@ def _made(
 
     like = copies.get(model, name)
     main = plan.everyone.main
-    full = recorder.full(source) if main else torch.empty(source.shape)
+    full = recorder.full(source).contiguous() if main else torch.empty(source.shape)
     full = full.to(device=plan.env.device, dtype=like.dtype)
     if not _torch.is_dtensor(like):
         full = full.clone()
@@ -148,11 +149,11 @@ def _sharded(model: nn.Module, plan: Plan, blank: Any) -> Placed:
         return fresh
 
     fork = copies.forker(blank, again)
+    dealt = [] if plan.experts is None else experts.split(model, plan)
     if plan.tensors is not None:
-        tensors.split(model, plan)
+        tensors.split(model, plan, dealt)
         if plan.env.world == 1:
             return tensors.alone(model, plan, fork)
-    dealt = [] if plan.experts is None else experts.split(model, plan)
     kept = whole.ignored(model, plan.options.ignored)
     blocks = _slice(model, plan, kept, dealt)
     _ahead([model, *blocks], plan.options.prefetch)
@@ -183,6 +184,10 @@ def _slice(
 ) -> list[nn.Module]:
     """Have fully_shard cut what each block holds, and the root the rest; the blocks."""
     from torch.distributed.fsdp import fully_shard
+
+    for p in model.parameters():
+        if not p.is_contiguous():  # as in channels_last; it takes rows that lie in turn
+            p.data = p.data.contiguous()
 
     common: dict[str, Any] = {"mesh": _mesh(plan), "ignored_params": kept or None}
     common |= _offloading(plan)
@@ -219,13 +224,14 @@ def _experts(
     """Weights of which each rank of an axis has its own."""
     inside = {id(p) for module in dealt for p in module.parameters()}
     names = frozenset(n for n, p in model.named_parameters() if id(p) in inside)
-    return fsdp_step.Experts(names, plan.experts.over.world) if dealt else None
+    ranks = plan.env.world // experts.others(plan.env).world
+    return fsdp_step.Experts(names, ranks) if dealt else None
 
 
 def _mesh(plan: Plan) -> Any:
     """The ranks over which weights are cut, or, for whole copies, cut in one slice."""
     if plan.kind == "hsdp":
-        return comm.mesh(plan.env)
+        return comm.crossed(plan.env)
     mesh = comm.line(plan.env)
     return _torch.copies_mesh(mesh) if plan.kind == "ddp" else mesh
 
@@ -287,6 +293,7 @@ def _shardable(model: nn.Module, plan: Plan) -> None:
                 f"{type(block).__name__}, which only holds others; write "
                 f"blocks={name + '.*'!r}"
             )
+    suited.in_slices(model)
     methods.gathered(model, plan.options.methods, _blocks(model, plan, kept))
     if plan.precision is None or plan.precision.param is None:
         _one_dtype(model, named, plan, kept)

@@ -13,7 +13,7 @@ from torch import Tensor
 from accelx import _torch, comm
 from accelx.engines import experts, placed, plain, tensors, whole
 from accelx.engines.placed import Placed
-from accelx.errors import UnusedParameterError
+from accelx.errors import PlacementError, UnusedParameterError
 
 if TYPE_CHECKING:
     from accelx.state import State
@@ -97,7 +97,17 @@ def update(state: State) -> None:
     """Step the optimizers over slices, also where a forward has gathered since."""
     # a model that was evaluated before apply would go on with the weights from before
     state.slots["shard_model"].rest()
-    plain.update(state)
+    try:
+        plain.update(state)
+    except RuntimeError as error:
+        if "placement" not in str(error):
+            raise
+        kinds = ", ".join(type(o).__name__ for o in state.optimizers)
+        raise PlacementError(
+            f"{kinds} wants whole weights, which a step of its own writes in ways that "
+            f"slices do not take, got those of {state.slots['shard_model'].engine.name}"
+            '; write shard_model(env, "ddp"), or another optimizer, such as AdamW'
+        ) from error
 
 
 def clip(state: State, limit: float | None) -> Tensor:

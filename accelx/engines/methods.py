@@ -85,10 +85,16 @@ def _wrap(module: nn.Module, leaf: str, around: Around) -> None:
 
 
 def say_sliced(error: BaseException) -> None:
-    """Add to torch's error of slices that met whole tensors what to write."""
+    """Add to torch's errors of weights that are slices, or gone, what to write."""
     if "mixed torch.Tensor and DTensor" in str(error):
         error.add_note(
-            "a module was called outside of the model's forward, which gathers its "
-            "weights, and found slices; call the model itself, or name the method that "
-            'does: shard_model(env, "fsdp2", methods="generate")'
+            "a module was called, or a weight used, outside of the model's forward, "
+            "which gathers its weights, and found slices; call the model itself, or "
+            'name the method that does: shard_model(env, "fsdp2", methods="generate")'
+        )
+    if "setStorage" in str(error) and "storage of size 0" in str(error):
+        error.add_note(
+            "a backward pass wanted weights that an earlier one has let go of; for a "
+            "gradient of gradients (create_graph=True), or two backward passes over "
+            'one forward, write shard_model(env, "ddp")'
         )

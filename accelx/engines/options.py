@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from typing import Any
 
 import attrs
@@ -106,7 +107,7 @@ def check(env: Env, kind: str, blocks: Any, options: Options) -> None:
     if kind == "hsdp":
         laid_out(env, kind)
     if env.world > 1 and kind in SLICED:
-        _divides(options.reshard_after_forward, shards(env, kind))
+        divides(options.reshard_after_forward, shards(env, kind))
 
 
 def _device(env: Env, kind: str) -> None:
@@ -144,7 +145,9 @@ def one_of(where: str, got: object, choices: tuple[str, ...]) -> None:
 
 def shards(env: Env, kind: str) -> int:
     """In how many slices a weight is cut."""
-    return env.axes[1].size if kind == "hsdp" and env.world > 1 else env.world
+    if kind == "hsdp" and env.world > 1:  # copies are over the outermost axis
+        return env.world // env.axes[0].size
+    return env.world
 
 
 def copies(env: Env, kind: str) -> int:
@@ -185,30 +188,26 @@ def laid_out(env: Env, kind: str) -> None:
     shown = ", ".join(f"{axis.name}={axis.size}" for axis in env.axes) or "none"
     if env.world == 1:
         return
-    with_tokens = [name for name in names if name in TOKENS]
-    if kind == "hsdp" and with_tokens:
+    others = tuple(name for name in names if name not in TOKENS)
+    if kind == "hsdp" and (others != MESH or names[0] != MESH[0]):
+        tokens = [axis for axis in env.axes if axis.name in TOKENS]
+        rest = env.world // math.prod(axis.size for axis in tokens)
+        inside = "".join(f",{axis.name}={axis.size}" for axis in tokens)
         raise PlacementError(
-            f"hsdp lies over the axes replicate and shard, and its gradients are not "
-            f"added up over {with_tokens[0]}, got ({shown}); write shard_model(env, "
-            '"fsdp2") with connect(axes="data=-1,'
-            f'{with_tokens[0]}=2")'
+            "hsdp keeps copies over an axis called replicate, the outermost, each in "
+            f"slices over one called shard, but the axes of this Env of {env.world} "
+            f"ranks are ({shown}); write env = ax.connect(axes="
+            f'"replicate={2 if rest % 2 == 0 else 1},shard=-1{inside}"), or "fsdp2"'
         )
-    if kind == "hsdp" and names != MESH:
-        half = 2 if env.world % 2 == 0 else 1
-        raise PlacementError(
-            "hsdp keeps copies over an axis called replicate, each in slices over one "
-            f"called shard, but the axes of this Env of {env.world} ranks are ({shown})"
-            f'; write env = ax.connect(axes="replicate={half},shard=-1"), or "fsdp2"'
-        )
-    others = [name for name in names if name not in TOKENS]
     if kind == "fsdp2" and len(others) > 1:
-        instead = '"hsdp"' if names == MESH else "ax.connect() without axes"
+        instead = '"hsdp"' if others == MESH else "ax.connect() without axes"
         raise PlacementError(
             f"fsdp2 shards over one axis, but this Env has ({shown}); write {instead}"
         )
 
 
-def _divides(reshard: bool | int, size: int) -> None:
+def divides(reshard: bool | int, size: int) -> None:
+    """Refuse neighbours of unlike number among `size` slices. Raises PlacementError."""
     if type(reshard) is int and size % reshard:
         fits = [n for n in range(2, size + 1) if size % n == 0]
         raise PlacementError(

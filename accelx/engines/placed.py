@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from accelx.comm_wire import group
-from accelx.engines import methods, plain, whole
+from accelx.engines import methods, plain, suited, whole
 from accelx.engines.options import Options
 from accelx.errors import NeutralityWarning, PlacementError, UnusedParameterError
 from accelx.match import Selector, select
@@ -71,13 +71,20 @@ class Placed(Transient):
     flat: Callable[[], Mapping[int, Flat]] = dict
     seen: Callable[[State], tuple[Any, ...]] = lambda state: state.optimizers
     written: Callable[[], None] = lambda: None  # weights were written from outside
+    # what the engine has in memory beside: part, name, tensor
+    inside: Callable[[], Iterable[tuple[str, str, Tensor]]] = tuple
+    # writes a checkpoint of the engine's own: state, folder, name in it
+    export: Callable[[State, str, str], None] | None = None
     stages: Any = None  # what ranks know of a pipeline, of which this one has a part
+
+
+UNPLACED = Placed(plain.ENGINE, Env(), nn.Module())
+"""What there is to know of a state whose model no pass has placed."""
 
 
 def engine_of(state: State) -> Engine:
     """The engine of a state; the plain one where no pass has placed the model."""
-    placed = state.slots.get("shard_model")
-    return plain.ENGINE if placed is None else placed.engine
+    return state.slots.get("shard_model", UNPLACED).engine
 
 
 def promises(tx: Transform, *names: str) -> Fills:
@@ -124,7 +131,11 @@ def claim(model: nn.Module, env: Env, fills: Fills = nothing) -> None:
 
 
 def check(model: nn.Module, plan: Plan) -> None:
-    """Refuse names in the plan that this model has not: wrong in every kind."""
+    """Refuse what is wrong in every kind: names that this model has not, too."""
+    if plan.everyone.world > 1:
+        suited.over_ranks(model)
+    if plan.alone and plan.kind in ("fsdp2", "hsdp"):
+        suited.unheld(model, plan.kind)
     select(model, plan.blocks)
     whole.ignored(model, plan.options.ignored)
     methods.owners(model, plan.options.methods)
@@ -147,7 +158,7 @@ def blueprint(model: nn.Module) -> nn.Module:
 
 def drifting(model: nn.Module, env: Env) -> tuple[Tensor, ...]:
     """Running statistics, which each rank takes from its own rows; warns about them."""
-    names = [n for n, m in model.named_modules() if _drifts(m)]
+    names = across(model)
     if names and env.world > 1:
         warnings.warn(
             f"{', '.join(names[:5])} normalise over the rows of one rank, so numbers "
@@ -159,6 +170,13 @@ def drifting(model: nn.Module, env: Env) -> tuple[Tensor, ...]:
             stacklevel=2,
         )
     return statistics(model)
+
+
+def across(model: nn.Module) -> list[str]:
+    """Modules that normalise over the rows that one rank has at once."""
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    named = model.named_modules()
+    return [n for n, m in named if isinstance(m, kinds) or _drifts(m)]
 
 
 def statistics(model: nn.Module) -> tuple[Tensor, ...]:
@@ -202,7 +220,8 @@ def all_used(state: State) -> None:
 
 def _settle_alone(state: State, scale: Tensor | float) -> None:
     all_used(state)
-    plain.settle(state, scale)
+    if not (isinstance(scale, float) and scale == 1.0):
+        plain.settle(state, scale)
 
 
 ALONE = attrs.evolve(plain.ENGINE, settle=_settle_alone)
@@ -216,9 +235,17 @@ def unused(
     alone = placed.engine is ALONE
     kind = "" if alone else f', "{placed.engine.name}"'
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
+    known = dict(placed.model.named_parameters(remove_duplicate=False))
+    if all(n in known and not known[n].requires_grad for n in names):
+        return UnusedParameterError(
+            f"{shown} {'were' if names[1:] else 'was'} trainable at ax.init and "
+            f"{'are' if names[1:] else 'is'} frozen now; freeze before ax.init, in the "
+            "function that makes the model, or write "
+            f'shard_model(env{kind if allowed else ""}, unused="allow")'
+        )
     return UnusedParameterError(
         f"{len(names)} trainable parameter{'s' * (len(names) > 1)} got no gradient on "
-        f"rank {placed.env.rank}: {shown}. Use them in the loss, or freeze them "
-        "(parameter.requires_grad_(False)), or write "
+        f"rank {placed.env.rank}: {shown}. Use them in the loss, or freeze them before "
+        "ax.init (parameter.requires_grad_(False)), or write "
         f'shard_model(env{kind if allowed else ""}, unused="allow")'
     )

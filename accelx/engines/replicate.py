@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 SENT = {  # dtypes that DDP can send over any backend when it is made
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64),
+    *(torch.complex64, torch.complex128),
 }
 
 
@@ -111,6 +112,7 @@ def hooked(result: Placed, blank: Any, plan: Plan) -> Placed:
         return attrs.evolve(result, engine=plain.ENGINE)
     leaf = _leaf(result, plan)
     whole = model if leaf is None else _Carrying(model, leaf)
+    _whole_numbers(result, options)
     odd = [(n, t) for n, t in copies.tensors(whole) if t.dtype not in SENT]
     for _, tensor in odd:
         copies.from_main(tensor, result.env.device)
@@ -126,6 +128,16 @@ def hooked(result: Placed, blank: Any, plan: Plan) -> Placed:
     result = attrs.evolve(result, handle=seen, fork=fork)
     _around(model, result, seen, options.methods)
     return result
+
+
+def _whole_numbers(result: Placed, options: Options) -> None:
+    """Refuse hooks that would send half of each complex number."""
+    pairs = [n for n, p in result.trainable if p.is_complex()]
+    if pairs and options.hook is not None:
+        raise PlacementError(
+            f"hook={options.hook!r} sends real numbers in fewer bits, but {pairs[0]} "
+            "is complex and would lose its imaginary part; leave the hook out"
+        )
 
 
 def _around(

@@ -67,6 +67,7 @@ class Site:
     dim: int
     here: int | None = None  # tokens of a row on this rank, while a step is under way
     attended: bool = False  # whether attention was exchanged in this loss
+    staged: bool = False  # a rank has some layers alone: it is seen on shapes of all
 
     def close(self) -> None:
         """The step is over: modules called from now on hold whole sequences."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from accelx import _torch_stages
 from accelx.engines.sequence import Site
 from accelx.engines.sequence_ring import around
 from accelx.engines.sequence_wire import gathered, gathered_pair, to_heads, to_tokens
@@ -35,6 +36,9 @@ def attend(
     (..., 1, here), of keys, or (..., here or length, length). One of LOOKING_BACK is of
     keys, and a token looks at no later one; NO_MASK says the latter alone.
     """
+    if _torch_stages.is_fake(query):  # of another stage, or of a run on shapes
+        site.attended = True
+        return _cast(query).new_empty((*query.shape[:-1], value.size(-1)))
     _refuse(site, query, key, attn_mask, dropout_p, is_causal)
     groups = getattr(attn_mask, "_accelx_groups", 1)
     if groups > 1 and key.size(1) == query.size(1):

@@ -41,9 +41,13 @@ def homes(
     """The stage of each part: that of the last of `starts` at or before it.
 
     In the order in which modules are registered, or, of parts that `ran` names, in
-    that. What has no weights, and what holds modules of several stages, is of all.
+    that. What has no weights, and what holds modules of several stages, is of all, as
+    are lists, which are not called themselves.
     """
     spread = {""} | {".".join(s.split(".")[:i]) for s in starts for i in _up(s)}
+    for name, module in model.named_modules():
+        if name.rpartition(".")[0] in spread and name not in starts:
+            spread |= {name} if _is_list(module) else set()
     names = [name for name, _ in model.named_modules()]
     parts = [n for n in names if n not in spread and n.rpartition(".")[0] in spread]
     kept = [n for n in parts if n in starts or _remembers(model.get_submodule(n))]
@@ -55,6 +59,11 @@ def homes(
         return sum(by.get(s, order[s]) <= by[name] for s in starts)
 
     return Homes(tuple(starts), {name: stage(name) for name in kept})
+
+
+def _is_list(module: nn.Module) -> bool:
+    """Whether a module has no forward, as a ModuleList."""
+    return type(module).forward is nn.Module.forward and "forward" not in vars(module)
 
 
 def _up(name: str) -> range:

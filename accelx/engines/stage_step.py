@@ -9,17 +9,21 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from accelx import _torch, _torch_stages, comm, tree
+from accelx._torch_attention import function_modes
 from accelx.comm_wire import dist, group
 from accelx.cut import Args, add, mean_of, rows_in
 from accelx.engines import placed, plain, tensors, whole
+from accelx.engines.fsdp_step import Laid
 from accelx.engines.placed import Placed
 from accelx.engines.stage_homes import owner
 from accelx.engines.stage_parts import legal, microbatches
 from accelx.engines.stage_pipe import HALVES, Pipe, pipe
 from accelx.engines.stage_route import Route, Through, led, route
 from accelx.engines.stage_walk import Walk, stand_ins
+from accelx.env_part import rows_env
 from accelx.errors import CollectiveError, DataError, LossError
 from accelx.records import Engine, Env, Loss, Mean, Out
 from accelx.rows import Rows
@@ -32,8 +36,9 @@ if TYPE_CHECKING:
 
 ROUTES = 4  # shapes of batches that are remembered, with memory for each
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# (state, what a loss returned, its arguments, their rows) -> (scalar, scale, report)
-Weigh = Callable[[Any, Any, Args, Rows], tuple[Tensor, float, Out]]
+# (state, what a loss returned, its arguments, their rows, ranks that share those)
+# -> (scalar, scale, report)
+Weigh = Callable[[Any, Any, Args, Rows, int], tuple[Tensor, float, Out]]
 Inner = Callable[[Any, Args, Rows], tuple[Any, Out]]
 
 
@@ -52,7 +57,7 @@ def through(loss: Loss, weigh: Weigh) -> Inner:
         stages, here = stages_of(state), state.slots["shard_model"]
         parts = microbatches(args, stages.spec.n, rows, _alike(stages, here))
         ran = way(stages, loss, parts[0])
-        if here.engine.name in ("fsdp2", "hsdp"):
+        if _gathers(here):
             _torch_stages.fsdp_quiet(state.model)
         job = _Job(state, stages, ran[0], loss, weigh, parts)
         _pipe(stages, ran, len(parts), state).run(job.work)
@@ -61,10 +66,15 @@ def through(loss: Loss, weigh: Weigh) -> Inner:
     return grads
 
 
+def _gathers(here: Placed) -> bool:
+    """Whether FSDP2 has placed the model, and reduces."""
+    return isinstance(here.handle, Laid)
+
+
 def _alike(stages: Stages, here: Placed) -> Callable[[int], int]:
     """How many microbatches there are: as many on all ranks that gather together."""
     count = legal(stages.spec.schedule, stages.env.world, stages.homes.count)
-    if here.env.world == 1 or here.engine.name == "ddp":
+    if not _gathers(here):
         return count
 
     def most(least: int) -> int:
@@ -83,7 +93,8 @@ def way(stages: Stages, loss: Loss, args: Args) -> Ran:
     """The route of a microbatch, learnt once for its shapes, on all stages together."""
     training = stages.model.training
     known = stages.routes if torch.is_grad_enabled() else stages.seen
-    key = (loss, training, *_shapes(args))
+    seeing = tuple(map(type, function_modes(TorchFunctionMode)))
+    key = (loss, training, seeing, *_shapes(args))
     if key not in known:
         _same_rows(stages.env, args)
         stages.sketch.model.train(training)
@@ -171,13 +182,14 @@ class _Job:
 
     def _loss(self, result: Any, part: Args) -> Tensor:
         here: Placed = self.state.slots["shard_model"]
-        rows = rows_in(part, here.env.world)
+        ranks = rows_env(here.env).world
+        rows, share = rows_in(part, ranks), here.env.world // ranks
         if any(map(_torch_stages.is_fake, tree.leaves(result))):
             raise LossError(
                 "the loss depends on something that another stage computed; compute it "
                 "from what model(...) returns, without hidden states or attentions"
             )
-        value, scale, out = self.weigh(self.state, result, part, rows)
+        value, scale, out = self.weigh(self.state, result, part, rows, share)
         self.outs.append(out)
         half = value.dtype in (torch.float16, torch.bfloat16)
         wide = value.float() if half else value
@@ -211,7 +223,8 @@ def _told(stages: Stages, job: _Job) -> Out:
         return out
     loss = torch.tensor(total, dtype=DTYPES[int(kind)], device=env.device)
     if bare:
-        return Out(loss / max(1, weight), int(weight), aux=given)
+        count = int(weight) if weight.is_integer() else weight
+        return Out(loss / (weight or 1), count, aux=given)
     heavy = torch.tensor(weight, dtype=torch.float64, device=env.device)
     return Out(Mean(loss, heavy), heavy, aux=given)  # type: ignore[reportArgumentType]
 
@@ -249,14 +262,14 @@ def settled(inner: Engine) -> Callable[[Any, Tensor | float], None]:
 
     def settle(state: State, scale: Tensor | float) -> None:
         here: Placed = state.slots["shard_model"]
-        if inner.name in ("fsdp2", "hsdp"):
+        if _gathers(here):
             _torch_stages.fsdp_reduce(state.model)
         stages = stages_of(state)
         if stages.tensors:
             tensors.as_weights(state)
         tie(stages, state)
         _all_used(stages, state, here)
-        if inner.name == "ddp":
+        if inner.name == "ddp" and not _gathers(here):
             _reduced(state, here)
         inner.settle(state, scale)
 

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from accelx import _torch, deferred, dtypes
 from accelx.comm_wire import dist
-from accelx.engines import copies, fsdp, placed, plain, stage_step, tensors
+from accelx.engines import (
+    copies,
+    experts,
+    fsdp,
+    placed,
+    plain,
+    stage_step,
+    suited,
+    tensors,
+)
 from accelx.engines.placed import Placed, Plan
 from accelx.engines.stage_homes import (
     Homes,
@@ -25,7 +34,7 @@ from accelx.engines.stage_homes import (
 from accelx.engines.stage_pipe import HALVES, SINGLE
 from accelx.engines.stage_route import Sketch, Way, guide, ran, sketched
 from accelx.engines.stage_seen import seen
-from accelx.engines.tensor_words import POSITIONAL, words
+from accelx.engines.stage_shapes import shape
 from accelx.env_part import along, parts
 from accelx.errors import PlacementError
 from accelx.records import Env
@@ -68,6 +77,8 @@ def place(thing: nn.Module | Callable[[], nn.Module], spec: Any, plan: Plan) -> 
         model, recorder = deferred.build(thing)
     placed.claim(model, plan.everyone, plan.fills)
     placed.check(model, plan)
+    if recorder is not None or plan.env.world > 1:  # weights are made anew then
+        suited.in_slices(model)
     _possible(spec, plan)
     env = along(plan.everyone, "stage")
     cut = homes(model, *_starts(model, spec, env))
@@ -76,14 +87,13 @@ def place(thing: nn.Module | Callable[[], nn.Module], spec: Any, plan: Plan) -> 
     if recorder is not None:
         copies.empty(model)
     dtypes.cast(model, plan.precision)
-    gathered = plan.precision if plan.kind != "ddp" and plan.env.world > 1 else None
+    gathered = plan.precision if _gathers(plan) else None
     sketch = sketched(model, cut, env.device, gathered)
+    shape(sketch, plan)
     held = holders(model, cut, lambda s: owner(s, env.world, spec.schedule))
     ties = _ties(model, held, env)
     if recorder is None:
-        for tensor in (*model.parameters(), *model.buffers()):
-            if not tensor.is_meta:
-                copies.from_main(tensor, plan.everyone.device)
+        _from_main(model, plan)
     fulls = copies.tensors(model)
     kept = {id(t) for _, t in fulls if not held[id(t)] or env.rank in held[id(t)]}
     gone = {name for name, t in fulls if id(t) not in kept}
@@ -103,6 +113,13 @@ def place(thing: nn.Module | Callable[[], nn.Module], spec: Any, plan: Plan) -> 
     )
     way.outside = seen(stages)
     return _engine(result, stages)
+
+
+def _from_main(model: nn.Module, plan: Plan) -> None:
+    """Give every rank rank 0's numbers, in place."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.is_meta:
+            copies.from_main(tensor, plan.everyone.device)
 
 
 def _starts(
@@ -162,26 +179,20 @@ def _possible(spec: Any, plan: Plan) -> None:
         )
     if plan.tensors is not None:
         tensors.agrees(plan)
-        _whole_rows(plan.tensors.plan)
-    if spec.schedule in HALVES and plan.kind != "ddp" and plan.env.world > 1:
+    if plan.experts is not None:
+        experts.agrees(plan)
+    if spec.schedule in HALVES and _gathers(plan):
+        kind = plan.kind if plan.experts is None else "shard_experts"
         raise PlacementError(
             f"schedule={spec.schedule!r} computes gradients of weights apart from the "
-            f"others, for which {plan.kind} would have gathered them no more; write "
-            'shard_model(env, "ddp"), or schedule="interleaved"'
+            f"others, for which {kind} would have gathered them no more; write "
+            'shard_model(env, "ddp") without experts, or schedule="interleaved"'
         )
 
 
-def _whole_rows(plan: Any) -> None:
-    """Refuse a plan by which ranks hand on a part of the positions each."""
-    styles = () if isinstance(plan, str) else plan
-    for glob, style in styles:
-        odd = [word for word in words(style) if word in POSITIONAL]
-        if odd:
-            raise PlacementError(
-                f"stages hand on all positions of a row, but the plan of shard_tensors "
-                f"says {odd[0]!r} of {glob}, which cuts them over ranks; write "
-                '"column" and "row" alone, or leave shard_stages out'
-            )
+def _gathers(plan: Plan) -> bool:
+    """Whether FSDP2 places what a rank has: in slices, or some of it in copies."""
+    return plan.env.world > 1 and (plan.kind != "ddp" or plan.experts is not None)
 
 
 def _ties(model: nn.Module, held: Mapping[Any, Any], env: Env) -> dict[str, Ranks]:
@@ -227,7 +238,7 @@ def _share_buffers(model: nn.Module, sketch: Sketch) -> None:
 
 def _within(model: nn.Module, plan: Plan) -> Placed:
     """This rank's part placed over the ranks that have the same part; memory for it."""
-    if plan.env.world > 1 and plan.kind != "ddp":
+    if _gathers(plan):
         axes = [axis.name for axis in plan.everyone.axes if axis.name != "stage"]
         near = along(plan.everyone, *axes)
         result = fsdp.sharded(model, attrs.evolve(plan, everyone=near))

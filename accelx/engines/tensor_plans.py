@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -33,15 +33,27 @@ BETWEEN = (  # what may stand between two Linears that are cut: it acts on each 
 )
 
 
-def styles(model: nn.Module, plan: Any, size: int) -> dict[str, Any]:
-    """The style of each module by name, checked against `size` ranks."""
+def styles(
+    model: nn.Module, plan: Any, size: int, dealt: Collection[nn.Module] = ()
+) -> dict[str, Any]:
+    """The style of each module by name, checked against `size` ranks.
+
+    Modules that are `dealt` out have none, or "partial", if each rank gives them
+    positions of its own.
+    """
+    named = dict(model.named_modules())
     if plan == "auto":
-        found = _read(model) or _found(model)
+        found = _read(model, dealt) or _found(model)
         _heads(model, size)
     else:
         found = _written(model, plan)
-    named = dict(model.named_modules())
     for name, style in found.items():
+        if named[name] in dealt and style != "partial":
+            raise PlacementError(
+                f"the plan of shard_tensors says {style!r} of {name}, whose experts "
+                'shard_experts deals out; leave it out of the plan, or write "partial" '
+                "where each rank has positions of its own"
+            )
         for word in words(style):
             _fits(name, named[name], word, size)
     return found
@@ -67,10 +79,10 @@ def _written(model: nn.Module, plan: Iterable[tuple[str, Any]]) -> dict[str, Any
     return found
 
 
-def _read(model: nn.Module) -> dict[str, Any]:
+def _read(model: nn.Module, dealt: Collection[nn.Module]) -> dict[str, Any]:
     """The plan that a transformers model brings, in our words."""
     told: Mapping[str, str] = getattr(model, "_tp_plan", None) or {}
-    own = [n for n, _ in model.named_modules()]
+    own = [n for n, m in model.named_modules() if m not in dealt]
     found: dict[str, Any] = {}
     for glob, word in told.items():
         taken = [n for n in own if globs(glob, n)]

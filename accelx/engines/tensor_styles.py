@@ -50,17 +50,17 @@ def hook(module: nn.Module, style: Any, mesh: Any) -> None:
 
     whole, positions = Replicate(), Shard(POSITIONS)
     if style == "scatter":
-        _first_input(module, lambda x: moved(x, whole, positions).to_local())
+        first_input(module, lambda x: moved(x, whole, positions).to_local())
     elif style == "gather":
         # as a DTensor: the sum of its gradients and their cut are one collective
-        _first_input(module, lambda x: moved(x, positions, whole))
+        first_input(module, lambda x: moved(x, positions, whole))
     elif style == "sequence_gather":
         module.register_forward_hook(
             lambda m, args, out: moved(out, positions, whole).to_local()
         )
 
 
-def _first_input(module: nn.Module, change: Callable[[Tensor], Any]) -> None:
+def first_input(module: nn.Module, change: Callable[[Tensor], Any]) -> None:
     """Change the first floating tensor that `module` is called with."""
 
     def before(m: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +31,11 @@ TINY = 1e-6  # what share of the largest gradient's norm is nothing but rounding
 CUT = "_accelx_logits_cut"  # on a model whose logits stay cut for cross_entropy
 
 
-def split(model: nn.Module, plan: Plan) -> None:
+def split(model: nn.Module, plan: Plan, dealt: Collection[nn.Module] = ()) -> None:
     """Make every weight of `model` a DTensor over the axis tensor, as the plan says.
 
-    Every rank must hold the same numbers. Effect: weights are replaced; ties are kept.
+    But those of modules that are `dealt` out already. Every rank must hold the same
+    numbers. Effect: weights are replaced; ties are kept.
     """
     from torch.distributed.tensor.parallel import parallelize_module
 
@@ -42,11 +43,11 @@ def split(model: nn.Module, plan: Plan) -> None:
     if env.world == 1:
         return
     mesh: Any = comm.mesh(env)
-    found = styles(model, plan.tensors.plan, env.world)
+    found = styles(model, plan.tensors.plan, env.world, dealt)
     tied = _ties(model)
     modules = dict(model.named_modules())
     trains = {name: p.requires_grad for name, p in model.named_parameters()}
-    here = {n: style for n, style in found.items() if not _elsewhere(modules[n])}
+    here = {n: style for n, style in found.items() if not elsewhere(modules[n])}
     for name, word in ((n, w) for n, style in here.items() for w in words(style)):
         made = parallel_style(word)
         if made is not None:
@@ -61,7 +62,7 @@ def split(model: nn.Module, plan: Plan) -> None:
     object.__setattr__(model, CUT, cuts_logits(found.values()))
 
 
-def _elsewhere(module: nn.Module) -> bool:
+def elsewhere(module: nn.Module) -> bool:
     """Whether the weights of `module` are in another stage."""
     held = (vars(m).values() for m in module.modules())
     return any(isinstance(one, Absent) for values in held for one in values)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import attrs
 
+from accelx.errors import NeutralityWarning
 from accelx.records import Pass, Rules, Transform, code
 
 
@@ -28,8 +30,7 @@ def accumulate(n: int) -> Transform:
     0-dim tensors, numbers and the like go to every microbatch. One reduction over ranks
     a step. Raises ValueError if n < 1, DataError for a tensor that has neither the
     batch's rows nor no dimension, and for batches of static shapes whose rows `n` does
-    not divide. Batch normalisation sees microbatches: use another
-    normalisation.
+    not divide. Batch normalisation sees microbatches, and a NeutralityWarning says so.
     """
     if not isinstance(n, int) or n < 1:  # type: ignore[reportUnnecessaryIsInstance]
         raise ValueError(
@@ -63,9 +64,26 @@ def accumulate(n: int) -> Transform:
             Pass(
                 "accumulate",
                 Accumulate(n),
+                start=lambda state, tx: _look(state, n),
                 backward=backward,
                 rules=rules,
                 neutral=True,
             ),
         )
     )
+
+
+def _look(state: Any, n: int) -> Any:
+    """Point out layers whose numbers depend on how a batch is cut."""
+    from accelx.engines.placed import across
+
+    names = across(state.model) if n > 1 else []
+    if names:
+        warnings.warn(
+            f"{', '.join(names[:5])} normalise over the rows of one microbatch, so "
+            f"accumulate({n}) changes numbers; write GroupNorm or LayerNorm, or leave "
+            "accumulate out",
+            NeutralityWarning,
+            stacklevel=2,
+        )
+    return state

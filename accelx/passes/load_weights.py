@@ -80,6 +80,7 @@ def load_weights(
 
 def _placed(spec: LoadWeights, state: Any, tx: Transform) -> Any:
     from accelx.engines import copies
+    from accelx.saves.contents import flat_of
     from accelx.saves.weights import load_into
     from accelx.state import with_slot
 
@@ -88,7 +89,10 @@ def _placed(spec: LoadWeights, state: Any, tx: Transform) -> Any:
         state = attrs.evolve(state, model=copies.furnished(state.model, tx))
     else:
         env = shard.env
-    loaded = load_into(state.model, spec.url, spec.rename, spec.only, spec.strict, env)
+    loaded = load_into(
+        *(state.model, spec.url, spec.rename, spec.only, spec.strict, env),
+        flat_of(state),
+    )
     return with_slot(state, "load_weights", loaded)
 
 

@@ -216,7 +216,7 @@ def placing(thing: Any, spec: ShardModel, tx: Transform, alone: bool) -> Any:
     """Place a module, or what a function makes: the Placed record."""
     from torch import nn
 
-    from accelx.engines import copies, experts, fsdp, hooks, placed, stages, tensors
+    from accelx.engines import copies, experts, hooks, placed, stages, tensors
 
     plan = _plan(spec, tx, alone)
     over = plan.env
@@ -230,8 +230,7 @@ def placing(thing: Any, spec: ShardModel, tx: Transform, alone: bool) -> Any:
         tensors.agrees(plan)
     if plan.experts is not None:
         experts.agrees(plan)
-    inside = plan.tensors is not None or plan.experts is not None
-    whole = not inside and (over.world == 1 or spec.kind in settings.WHOLE)
+    whole = _whole(plan)
     if over.world > 1:
         hooks.warn_of_memory(spec.hook, tx)
     if isinstance(thing, nn.Module):
@@ -244,7 +243,7 @@ def placing(thing: Any, spec: ShardModel, tx: Transform, alone: bool) -> Any:
     elif whole:
         model = _module(thing)
     else:
-        result = fsdp.place_deferred(lambda: _module(thing), plan)
+        result = _deferred(plan)(lambda: _module(thing), plan)
         placed.seal(result.model)
         return result
     placed.claim(model, spec.env, plan.fills)
@@ -279,6 +278,25 @@ def _placer(plan: Any) -> Any:
         return _plain
     places = {"ddp": replicate.place, "deepspeed": deepspeed.place}
     return places.get(plan.kind, fsdp.place)
+
+
+def _whole(plan: Any) -> bool:
+    """Whether every rank makes the model in full."""
+    from accelx.engines import deepspeed
+
+    if plan.tensors is not None or plan.experts is not None:
+        return False
+    if plan.env.world == 1:
+        return True
+    cut = plan.kind == "deepspeed" and deepspeed.cuts(plan)
+    return plan.kind in settings.WHOLE and not cut
+
+
+def _deferred(plan: Any) -> Any:
+    from accelx.engines import deepspeed, fsdp
+
+    one = deepspeed if plan.kind == "deepspeed" else fsdp
+    return one.place_deferred
 
 
 def _spread(tx: Transform, name: str) -> Any:

@@ -13,7 +13,7 @@ from accelx.match import Selector
 from accelx.records import Env, Loss, Pass, Rules, Transform, check_env, code
 
 MODES = ("gather", "ulysses", "ring")
-KINDS = ("ddp", "fsdp2")
+KINDS = ("ddp", "fsdp2", "hsdp")
 
 
 def _kept(selectors: Any) -> tuple[Any, ...]:
@@ -99,7 +99,7 @@ def _pass(spec: ShardSequence) -> Pass:
     rules = (
         Rules(once=True, why="a sequence is cut once, along one axis of ranks"),
         Rules(
-            excludes=("with_local_sgd", "with_diloco", "shard_stages", "compile"),
+            excludes=("with_local_sgd", "with_diloco", "compile"),
             why="the gradients of one row's tokens add up at each step, and attention "
             "over ranks has been shown to be exact in neither of them",
         ),
@@ -144,8 +144,11 @@ def _started(spec: ShardSequence, site: Any, state: Any) -> Any:
     from accelx.engines.sequence_mode import dress
     from accelx.engines.sequence_transformers import prepare
 
-    prepare(state.model, site)
-    dress(state.model, site, spec.allow)
+    stages = state.slots["shard_model"].stages
+    site.staged = stages is not None
+    for model in (state.model, *([stages.sketch.model] if site.staged else ())):
+        prepare(model, site)
+        dress(model, site, spec.allow)
     return carried(state)
 
 
@@ -155,13 +158,16 @@ def _cutting(spec: ShardSequence, site: Any, loss: Loss) -> Loss:
 
         from accelx.engines.sequence import cut
         from accelx.engines.sequence_mode import Exchanged, attended, summed
+        from accelx.engines.stage_route import Through
 
         mine = cut(site, args, spec.tensors)
-        site.attended = False
+        site.attended = site.attended and site.staged
         try:
             with Exchanged(site):
                 result = loss(model, *mine)
             attended(site, model)
+        except Through:  # the rest is another stage's; backward is yet to come
+            raise
         except BaseException:
             site.close()
             raise

@@ -12,8 +12,6 @@ from accelx.errors import PlacementError
 from accelx.passes.accumulate import accumulate
 from accelx.records import Env, Pass, Rules, Transform, check_env, code
 
-APART = ("shard_sequence", "shard_experts")
-
 
 def _kept(split: Any) -> Any:
     return split if isinstance(split, str) else tuple(split)
@@ -50,9 +48,11 @@ def shard_stages(
 
     `env = connect(axes="data=-1,stage=2")`; shard_model in the same chain places each
     stage over the other ranks ("ddp", "fsdp2", "hsdp"), and shard_tensors may cut its
-    layers. split: the names, or globs that take one module each, of the first module of
-    every later stage, "layers.2"; or "balanced": blocks of the longest list, by numbers
-    of weights, or with a `sample` (a tuple of the model's arguments, or a dict) by
+    layers, shard_sequence its tokens, shard_experts deal out its experts.
+
+    split: the names, or globs that take one module each, of the first module of every
+    later stage, "layers.2"; or "balanced": blocks of the longest list, by numbers of
+    weights, or with a `sample` (a tuple of the model's arguments, or a dict) by
     floating-point operations. Modules belong to stages in the order in which they are
     registered, or with a sample run.
 
@@ -125,7 +125,6 @@ def _pass(spec: ShardStages) -> Pass:
 
         return either
 
-    why = "these divide a model among ranks in another way, and are not put together"
     apart = "ranks that train apart would have to agree stage by stage"
     return Pass(
         "shard_stages",
@@ -134,7 +133,6 @@ def _pass(spec: ShardStages) -> Pass:
         backward=backward,
         rules=(
             Rules(once=True, why="a model is cut into stages once"),
-            Rules(excludes=APART, why=why),
             Rules(excludes=("with_local_sgd", "with_diloco"), why=apart),
         ),
         neutral=True,

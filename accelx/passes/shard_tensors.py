@@ -77,7 +77,7 @@ def _pass(spec: ShardTensors) -> Pass:
         if spec.over.world == 1:  # a plan that is wrong on many ranks is wrong on one
             from accelx.engines.tensor_plans import styles
 
-            styles(state.model, spec.plan, 1)
+            styles(state.model, spec.plan, 1, _dealt(state.model, tx))
         return state
 
     cut = spec.plan != "auto" and cuts_logits(style for _, style in spec.plan)
@@ -91,6 +91,14 @@ def _pass(spec: ShardTensors) -> Pass:
         rules=Rules(once=True, why="a weight is cut once"),
         neutral=True,
     )
+
+
+def _dealt(model: Any, tx: Transform) -> list[Any]:
+    """Modules that are not for a plan, since another pass deals them out."""
+    from accelx.engines.experts import chosen
+
+    spec = tx.find("shard_experts")
+    return [] if spec is None else list(chosen(model, spec.experts, 1).values())
 
 
 def _forward(loss: Callable[..., Any]) -> Callable[..., Any]:

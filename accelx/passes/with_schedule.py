@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,7 @@ def with_schedule(fn: Callable[[Any], Any]) -> Transform:
     `lambda o: CosineAnnealingLR(o, 10_000)`, which is made for each optimizer and
     stepped after each update; ReduceLROnPlateau is given `Out.loss`. A skipped step
     moves neither. Not neutral. Raises TypeError if `fn` returns neither a number nor a
-    scheduler.
+    scheduler; the step raises ValueError for a factor below 0, infinite or nan.
     """
     if not callable(fn):
         raise TypeError(
@@ -91,6 +92,12 @@ def _set(state: Any, out: Out, fn: Callable[[Any], Any]) -> tuple[Any, Out]:
     slot: Schedule = state.slots["with_schedule"]
     if slot.base:
         factor = fn(state.step)
+        if not 0 <= factor < math.inf:
+            raise ValueError(
+                "with_schedule wants fn(step) to be a factor of at least 0, got "
+                f"{factor} for step {state.step}; write max(0.0, ...), or a curve that "
+                "ends, such as warmup_linear(200, 10_000)"
+            )
         for optimizer, base in zip(state.optimizers, slot.base, strict=True):
             for group, rate in zip(optimizer.param_groups, base, strict=True):
                 _assign(group, rate * factor)

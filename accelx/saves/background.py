@@ -21,8 +21,9 @@ from torch import Tensor
 from accelx import _torch
 from accelx.env_device import kind_of
 from accelx.errors import CheckpointError
+from accelx.saves.memory import copy
 from accelx.saves.save import Job, run
-from accelx.saves.write import Slab, cores
+from accelx.saves.verify import cores
 
 PATIENCE = 1800.0  # seconds that a program which ends waits for the other ranks
 POLL = 0.01  # seconds between looks at whether the other ranks have written
@@ -44,10 +45,15 @@ class Background:
         if not self.watched:
             _before_threads_end(self._at_exit)
             self.watched = True
-        job = attrs.evolve(job, slabs=self._snapshot(job))
+        copies = self._snapshot(job)
 
         def work() -> None:
+            nonlocal job  # what was copied is let go
+            time.sleep(POLL / 10)  # the step goes on first, not this thread's Python
             try:
+                pairs = zip(job.slabs, copies, strict=True)
+                kept = [attrs.evolve(slab, data=data) for slab, data in pairs]
+                job = attrs.evolve(job, slabs=kept)
                 run(job, _meeting(job, lambda: self.end))
                 after(job)
             except BaseException as error:  # raised by the next step
@@ -73,18 +79,16 @@ class Background:
             "whole; mend the cause, and start again from the newest checkpoint"
         ) from error
 
-    def _snapshot(self, job: Job) -> list[Slab]:
-        size = sum(slab.size for slab in job.slabs)
+    def _snapshot(self, job: Job) -> Sequence[Tensor]:
+        """Copies of what the job's slabs hold, (n,) uint8 each."""
+        sizes = [slab.size for slab in job.slabs]
+        size = sum(sizes)
         if self.buffer is None or self.buffer.numel() < size:
             pinned = kind_of(job.env.device).pinned
             self.buffer = None  # before the new one is made
             self.buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-        made, at = list[Slab](), 0
-        for slab in job.slabs:
-            copy = self.buffer[at : at + slab.size]
-            made.append(attrs.evolve(slab, data=copy))
-            at += slab.size
-        _copy(job.slabs, made, job.env.local_world)
+        made = self.buffer[:size].split(sizes)
+        _copy([slab.data for slab in job.slabs], made, job.env.local_world)
         return made
 
     def _at_exit(self) -> None:
@@ -99,18 +103,21 @@ class Background:
             os._exit(FAILED)
 
 
-def _copy(slabs: Sequence[Slab], copies: Sequence[Slab], neighbours: int) -> None:
-    """Fill `copies` with the bytes of `slabs`: by two threads, since the step waits.
+def _copy(held: Sequence[Tensor], copies: Sequence[Tensor], neighbours: int) -> None:
+    """Fill `copies` with the bytes `held`: by two threads, since the step waits.
 
     By one where the `neighbours` on this machine leave no core for a second, and off a
     device: each thread has a stream of its own, and this one's is trained on.
     """
+    on_cpu = all(data.is_cpu for data in held)
 
     def half(first: int) -> None:
-        for slab, copy in zip(slabs[first::2], copies[first::2], strict=True):
-            copy.data.copy_(slab.data)
+        for data, into in zip(held[first::2], copies[first::2], strict=True):
+            if on_cpu:
+                copy(data, into)
+            else:
+                into.copy_(data)
 
-    on_cpu = all(slab.data.device.type == "cpu" for slab in slabs)
     if not on_cpu or cores() <= neighbours:
         half(0)
         half(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Sequence
 
 import attrs
@@ -20,7 +21,7 @@ class Box:
     @property
     def shape(self) -> Ints:
         """How many indices it has in each dim."""
-        return tuple(high - low for low, high in zip(self.lo, self.hi, strict=True))
+        return tuple(map(operator.sub, self.hi, self.lo))  # as many of each
 
     @property
     def volume(self) -> int:

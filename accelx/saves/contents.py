@@ -115,9 +115,14 @@ def state_tensors(
 ) -> tuple[dict[str, Held], dict[str, str], dict[str, Any]]:
     """`model_tensors` of a state's model, with weights as its engine says they lie."""
     held, aliases, extra = model_tensors(state.model)
-    placed = state.slots.get("shard_model")
-    flat = {} if placed is None else placed.flat()
+    flat = flat_of(state)
     return {n: flat.get(id(t), t) for n, t in held.items()}, aliases, extra
+
+
+def flat_of(state: State) -> Mapping[int, Flat]:
+    """By id, the weights that lie otherwise than they look."""
+    placed = state.slots.get("shard_model")
+    return {} if placed is None else placed.flat()
 
 
 def model_tensors(

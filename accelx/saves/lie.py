@@ -35,25 +35,39 @@ class Lie:
 
 def lie(name: str, tensor: Held, memo: dict[Any, Any]) -> Lie:
     """How `tensor` lies. `memo` is the caller's, for the tensors of one state."""
+    one: Any = tensor
+    if isinstance(tensor, Flat):
+        cuts = tensor.runs
+    elif _torch.is_dtensor(tensor):
+        cuts = id(one.device_mesh), one.placements
+    else:
+        cuts = None
+    key = tensor.dtype, tensor.shape, cuts
+    if key not in memo:
+        dtype, shape = _named(name, tensor), tuple(tensor.shape)
+        memo[key] = Lie(dtype, shape, _all(name, tensor, (shape, cuts), memo))
+    return memo[key]
+
+
+def _named(name: str, tensor: Held) -> str:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in KINDS:
         raise CheckpointError(
             f"{name} wants a dtype that a checkpoint has a form for, got "
             f"{tensor.dtype}; save the plain tensors that it is made of"
         )
-    shape = tuple(tensor.shape)
-    if isinstance(tensor, Flat):
-        key = (shape, tensor.runs)
-        if key not in memo:
-            memo[key] = _runs(tensor)
-        return Lie(dtype, shape, memo[key])
-    if not _torch.is_dtensor(tensor):
-        return Lie(dtype, shape)
-    one: Any = tensor
-    key = (shape, id(one.device_mesh), one.placements)
+    return dtype
+
+
+def _all(
+    name: str, tensor: Held, key: Any, memo: dict[Any, Any]
+) -> tuple[Slice, ...] | None:
+    """Every rank's slices; the same object for tensors that are cut alike."""
+    if key[1] is None:
+        return None
     if key not in memo:
-        memo[key] = _slices(name, one)
-    return Lie(dtype, shape, memo[key])
+        memo[key] = _runs(tensor) if isinstance(tensor, Flat) else _slices(name, tensor)
+    return memo[key]
 
 
 def _runs(tensor: Flat) -> tuple[Slice, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import attrs
@@ -24,7 +23,7 @@ from accelx.saves.names import Names, named
 from accelx.saves.read import Want, fill
 from accelx.saves.spread import elsewhere, ours
 from accelx.saves.typed import decode, hand, settle
-from accelx.state import State, Transient
+from accelx.state import State, Transient, slots_of
 from accelx.storage import Store
 
 Rename = Callable[[str], str] | Mapping[str, str] | None
@@ -121,7 +120,7 @@ def load(
         }
         if random is not None:
             streams.restore(random, env.rank, manifest.about["world"], env.device)
-        every = MappingProxyType({**state.slots, **fresh})
+        every = slots_of({**state.slots, **fresh})
         return attrs.evolve(state, slots=every, **counters)
 
     return install

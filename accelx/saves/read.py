@@ -14,11 +14,10 @@ from torch import Tensor
 from accelx import storage
 from accelx.errors import DamagedError
 from accelx.saves.boxes import Box, contiguous, overlap, rows, span, strides
-from accelx.saves.manifest import Index, Manifest, Where
+from accelx.saves.manifest import Index, Layout, Manifest, Where
 from accelx.saves.memory import inside, view
 from accelx.saves.strict import digest
-from accelx.saves.verify import THREADS, Fill, damage, open_index, problems
-from accelx.saves.write import cores
+from accelx.saves.verify import THREADS, Fill, cores, damage, open_index, problems
 from accelx.storage import Store
 
 BLOCK = 16 << 20  # bytes that one thread holds beside the destination, about
@@ -41,21 +40,28 @@ Read = Callable[[Iterable[Want]], int]  # fills them; the bytes that it read
 
 
 @attrs.frozen(eq=False)
+class _Cut:
+    """A box that is read at once; the same one for all tensors that are cut alike."""
+
+    piece: int  # number of the stored slice in the layout
+    part: int  # that holds it
+    stored: Box  # the slice
+    box: Box  # what is wanted of it
+    low: int  # bytes from the slice's first to the box's
+    high: int  # and behind its last
+    run: bool  # whether all between them are wanted
+    all: bool  # whether there is no other box
+
+
+@attrs.frozen(eq=False)
 class _Job:
     """A box of one stored slice, and where it goes."""
 
     name: str
-    part: int
+    cut: _Cut
     where: Where
-    stored: Box  # the slice
-    box: Box  # what is wanted of it
     out: Tensor
     dtype: torch.dtype  # as stored
-
-    @property
-    def width(self) -> int:
-        """Bytes an element."""
-        return self.dtype.itemsize
 
 
 def fill(
@@ -105,7 +111,7 @@ def reader(
         def read(wants: Iterable[Want]) -> int:
             direct, later = _landing(wants)
             jobs = deque(_jobs(store, manifest, direct, indices, checked))
-            for part in dict.fromkeys(job.part for job in jobs):
+            for part in dict.fromkeys(job.cut.part for job in jobs):
                 if part not in readers:
                     file = storage.reading(store, manifest.parts[part].file)
                     readers[part] = stack.enter_context(file)
@@ -158,28 +164,34 @@ def _jobs(
     indices: dict[int, Index],
     checked: bool,
 ) -> Iterator[_Job]:
-    near: dict[tuple[int, Box], list[tuple[int, Box]]] = {}
+    near: dict[tuple[int, int, Box], list[_Cut]] = {}
     for want in wants:
         entry = manifest.tensors[manifest.aliases.get(want.name, want.name)]
-        pieces = manifest.layouts[entry.layout]
-        key = entry.layout, want.box
-        if key not in near:  # many tensors are cut alike
-            each = ((k, overlap(p.box, want.box)) for k, p in enumerate(pieces))
-            near[key] = [(k, box) for k, box in each if box is not None]
-        for k, box in near[key]:
-            part = pieces[k].part
-            if part not in indices:
-                indices[part] = open_index(store, manifest, part, checked)
-            where = indices[part].slices.get((entry.number, k))
+        key = entry.layout, entry.width, want.box
+        if key not in near:
+            near[key] = list(_cuts(manifest.layouts[entry.layout], want.box, key[1]))
+        dtype = getattr(torch, entry.dtype)
+        for cut in near[key]:
+            if cut.part not in indices:
+                indices[cut.part] = open_index(store, manifest, cut.part, checked)
+            where = indices[cut.part].slices.get((entry.number, cut.piece))
             if where is None:
+                file = manifest.parts[cut.part].index
                 raise DamagedError(
-                    f"{store.url}/{manifest.parts[part].index} wants to list slice {k} "
-                    f"of {want.name}, and does not; take another checkpoint"
+                    f"{store.url}/{file} wants to list slice {cut.piece} of "
+                    f"{want.name}, and does not; take another checkpoint"
                 )
-            stored, dtype = pieces[k].box, getattr(torch, entry.dtype)
-            for block in _blocks(box, stored, entry.width):
-                out = inside(want.out, block, want.box)
-                yield _Job(want.name, part, where, stored, block, out, dtype)
+            out = want.out if cut.all else inside(want.out, cut.box, want.box)
+            yield _Job(want.name, cut, where, out, dtype)
+
+
+def _cuts(layout: Layout, wanted: Box, width: int) -> Iterator[_Cut]:
+    for k, piece in enumerate(layout):
+        box = overlap(piece.box, wanted)
+        for one in () if box is None else _blocks(box, piece.box, width):
+            low, high = span(one, piece.box)
+            ends, run = (low * width, high * width), contiguous(one, piece.box)
+            yield _Cut(k, piece.part, piece.box, one, *ends, run, one == wanted)
 
 
 def _blocks(box: Box, stored: Box, width: int) -> list[Box]:
@@ -194,22 +206,20 @@ def _runner(
     store: Store, manifest: Manifest, readers: dict[int, Fill], checked: bool
 ) -> Callable[[_Job], int]:
     def run(job: _Job) -> int:
-        read = readers[job.part]
-        low, high = span(job.box, job.stored)
-        low, high = low * job.width, high * job.width
+        read, low, size = readers[job.cut.part], job.cut.low, job.cut.high - job.cut.low
         direct = (
-            contiguous(job.box, job.stored)
+            job.cut.run
             and job.out.is_contiguous()
-            and job.out.device.type == "cpu"
+            and job.out.is_cpu
             and job.out.dtype == job.dtype
         )
-        made = None if direct else torch.empty(high - low, dtype=torch.uint8)
+        made = None if direct else torch.empty(size, dtype=torch.uint8)
         out = view(job.out if made is None else made)
         if checked:
             count = _checked(store, manifest, job, read, low, out)
         else:
             read(job.where.offset + low, out)
-            count = high - low
+            count = size
         if made is not None:
             _place(job, made)
         return count
@@ -220,8 +230,8 @@ def _runner(
 def _place(job: _Job, made: Tensor) -> None:
     """Copy out of a buffer that begins at the first byte of the job's box."""
     typed = made.view(job.dtype)
-    steps = strides(job.stored.shape)
-    job.out.copy_(torch.as_strided(typed, job.box.shape, steps))
+    steps = strides(job.cut.stored.shape)
+    job.out.copy_(torch.as_strided(typed, job.cut.box.shape, steps))
 
 
 def _checked(
@@ -239,7 +249,7 @@ def _checked(
             chunk = memoryview(bytearray(stop - start))
             read(offset, chunk)
         if digest(chunk) != job.where.digests[k]:
-            file = f"{store.url}/{manifest.parts[job.part].file}"
+            file = f"{store.url}/{manifest.parts[job.cut.part].file}"
             raise DamagedError(damage(file, job.name, offset, offset + len(chunk)))
         if not (start >= low and stop <= high):
             a, b = max(start, low), min(stop, high)

@@ -170,9 +170,7 @@ def run(job: Job, meet: Meet) -> str:
     fails; nothing is committed then. Effects: files under the job's folder.
     """
     told = _attempt(
-        lambda: attrs.astuple(
-            write_part(job.store, job.env.rank, job.slabs, job.env.local_world)
-        )
+        lambda: attrs.astuple(write_part(job.store, job.env.rank, job.slabs))
     )
     parts = _all(job, meet("written", told), "write its slices")
     told = _attempt(lambda: _commit(job, parts)) if job.env.main else (True, None)

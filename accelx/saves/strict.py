@@ -19,6 +19,11 @@ def digest(data: bytes | bytearray | memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(data)  # type: ignore[no-any-return]
 
 
+def hasher() -> Any:
+    """What takes the digest of bytes that come in parts: `update`, `hexdigest`."""
+    return xxhash.xxh3_128()
+
+
 def dumps(value: Any, ordered: bool = True) -> bytes:
     """`value` as one line: `ordered`, so that equal values give equal bytes, or as is.
 

@@ -12,6 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from accelx._torch import is_dtensor
 from accelx.errors import CheckpointError
 from accelx.saves import check
 from accelx.saves.flat import Flat, Held
@@ -21,6 +22,7 @@ Made = Callable[..., Held]  # (name, like, on CPU, reuse like) -> one to be fill
 LEVELS = 16  # of nesting; each is up to three of JSON, of which strict.DEPTH are read
 BITS = 63  # of an integer that JSON readers take as it is
 KEYS = (str, int, bool, float, type(None))
+_PLAIN, _HELD = (bool, str), (Tensor, Flat)  # made once: a save asks of each tensor
 
 
 @attrs.frozen(eq=False)
@@ -39,7 +41,7 @@ def encode(value: Any, path: str, keep: Keep, level: int = 0) -> Any:
     """
     if level > LEVELS:
         raise _refused(f"{path} is nested deeper than {LEVELS} levels, or in itself")
-    if value is None or isinstance(value, bool | str):
+    if value is None or isinstance(value, _PLAIN):
         return value
     if type(value) is int:
         small = value.bit_length() <= BITS
@@ -47,7 +49,7 @@ def encode(value: Any, path: str, keep: Keep, level: int = 0) -> Any:
     if isinstance(value, float):  # NumPy's too, as schedules compute them
         number = float(value)
         return number if math.isfinite(number) else {"$": "float", "v": repr(number)}
-    if isinstance(value, Tensor | Flat):
+    if isinstance(value, _HELD):
         _plain(value, path)
         keep(path, value)
         return {"$": "tensor", "cpu": value.device.type == "cpu"}
@@ -60,8 +62,6 @@ def encode(value: Any, path: str, keep: Keep, level: int = 0) -> Any:
 
 
 def _plain(value: Held, path: str) -> None:
-    from accelx._torch import is_dtensor
-
     if isinstance(value, Flat):
         return
     kind = type(value)
@@ -79,7 +79,7 @@ def _plain(value: Held, path: str) -> None:
 
 
 def _mapping(value: Mapping[Any, Any], path: str, keep: Keep, level: int) -> Any:
-    if all(type(key) is str for key in value) and "$" not in value:
+    if set(map(type, value)) <= {str} and "$" not in value:
         return {k: encode(v, f"{path}.{k}", keep, level) for k, v in value.items()}
     for key in value:
         if type(key) not in KEYS:
@@ -158,13 +158,13 @@ def _mapped(made: dict[Any, Any], like: Any) -> Any:
 
 def _at(like: Any, key: Any) -> Any:
     """What stands at a key or index; a tensor stands for all that lies inside."""
-    if isinstance(like, list | tuple):
+    if isinstance(like, (list, tuple)):
         return like[key] if key in range(len(like)) else None  # type: ignore[reportUnknownArgumentType]
     return like.get(key) if isinstance(like, Mapping) else _tensor(like)
 
 
 def _tensor(like: Any) -> Any:
-    return like if isinstance(like, Tensor | Flat) else None
+    return like if isinstance(like, _HELD) else None
 
 
 def _special(kind: Any, v: Any, path: str, like: Any, make: Made) -> Any:

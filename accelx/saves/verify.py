@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,6 +16,13 @@ from accelx.storage import Store
 
 THREADS = {True: 2, False: 8}  # a local disk; a store far away
 Fill = Callable[[int, memoryview], None]  # from a byte of a file into memory
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def open_index(store: Store, manifest: Manifest, part: int, checked: bool) -> Index:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import attrs
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from accelx.errors import CheckpointError
 from accelx.records import Env
 from accelx.saves.contents import model_tensors
+from accelx.saves.flat import Flat, Held
 from accelx.saves.lie import here
 from accelx.saves.load import Only, Rename, takes
 from accelx.saves.memory import flat
@@ -52,17 +54,19 @@ def load_into(
     only: Only,
     strict: bool,
     env: Env | None,
+    lies: Mapping[int, Flat] = MappingProxyType({}),
 ) -> Loaded:
     """Fill the weights and persistent buffers of `model` in place.
 
-    With an `env` rank 0 reads the headers for all, and what fails on one rank raises on
-    each; without, this rank is by itself. Raises CheckpointError before a number is
-    read where names or shapes do not fit.
+    `lies` are, by id, those that lie otherwise than they look. With an `env` rank 0
+    reads the headers for all, and what fails on one rank raises on each; without, this
+    rank is by itself. Raises CheckpointError before a number is read where names or
+    shapes do not fit.
     """
     source = from_main(env, lambda: opened(url))
 
     def fill() -> Loaded:
-        held = model_tensors(model)[0]
+        held = {n: lies.get(id(t), t) for n, t in model_tensors(model)[0].items()}
         fit = fitted(source, model, rename, only, strict)
         return Loaded(
             source.store.url, _fill(source, held, fit), fit.missing, fit.unexpected
@@ -171,7 +175,7 @@ def _renaming(missing: list[str], over: list[str]) -> str:
     return 'rename={"name in the file": "name here"}'
 
 
-def _fill(source: Source, held: Mapping[str, Tensor], fit: Fit) -> int:
+def _fill(source: Source, held: Mapping[str, Held], fit: Fit) -> int:
     """Read this rank's slices into their memory; the bytes that were read."""
     wants, memo = list[Want](), dict[Any, Any]()
     twins: list[tuple[str, Tensor, Tensor]] = []

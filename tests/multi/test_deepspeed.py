@@ -1,6 +1,8 @@
 """DeepSpeed changes no number: training, saving and what else a state can do."""
 
 import atexit
+import gc
+import sys
 import tempfile
 from argparse import Namespace
 from functools import cache
@@ -9,10 +11,12 @@ from importlib.util import find_spec
 import attrs
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import accelx as ax
-from accelx import testing
+from accelx import deferred, testing
+from accelx.engines import deepspeed_cut, deepspeed_open
 from accelx.engines.options import Options
 from tests.laws import training as t
 
@@ -173,33 +177,96 @@ def test_a_checkpoint_goes_from_each_engine_to_each_other():
         assert apart(judge[2:], go_on(env, tx, state, t.masked, DATA[2:])[1]) < 1e-6
 
 
-def theirs(env, folder):
-    """DeepSpeed's own checkpoints of two stages after two steps, made universal."""
-    for place in ("zero-1", "zero-3"):
-        tx = chain(env, place)
-        state, _ = go_on(env, tx, ax.init(tx, single, t.grouped), t.masked, DATA[:2])
-        engine = state.slots["shard_model"].handle.engine
-        engine.save_checkpoint(f"{folder}/theirs-{place}", tag="two")
+def rows_of(env, batch):
+    """This rank's rows and mask, for a program that knows nothing of accelx."""
+    low, high = t.even(len(batch[0]), env.rank, env.world)
+    if low < high:
+        return [x[low:high] for x in batch]
+    return [x[:1] * (i != 1) for i, x in enumerate(batch)]
+
+
+def by_deepspeed(env, place, data, load=None, save=None):
+    """A loop by hand over DeepSpeed's own engine, from one of its checkpoints."""
+    zero = {"stage": PLACES[place]["stage"]}
+    zero |= PLACES[place].get("config", {}).get("zero_optimization", {})
+    told = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": t.LIMIT}
+    model, trace = single(), []
+    engine = deepspeed_open.initialize(
+        env, model, t.grouped(model), {**told, "zero_optimization": zero}
+    )
+    gathered = sys.modules["deepspeed"].zero.GatheredParameters
+    if load is not None:
+        assert engine.load_checkpoint(load)[0]
+    first = engine.global_steps
+    for k, batch in enumerate(data, first):
+        for group, rate in zip(engine.optimizer.param_groups, (1, 0.5), strict=True):
+            group["lr"] = t.RATE * rate * t.curve(k)
+        mean = t.masked(engine, rows_of(env, batch))
+        sums = torch.stack([mean.total.detach(), mean.weight.float()])
+        torch.distributed.all_reduce(sums)
+        engine.backward(mean.total / sums[1] * env.world)
+        engine.step()
+        norm = float(engine.get_global_grad_norm())
+        with gathered(list(model.parameters())):
+            own = {n: p.detach().clone() for n, p in model.named_parameters()}
+        trace.append(t.Step(float(sums[0] / sums[1]), norm, own))
+    if save is not None:
+        engine.save_checkpoint(save, tag="two")
         ax.barrier(env)
-        how = Namespace(
-            input_folder=f"{folder}/theirs-{place}/two",
-            output_folder=f"{folder}/theirs-{place}-universal",
-            num_extract_workers=1,
-            num_merge_workers=1,
-            keep_temp_folder=False,
-            strict=True,
-            inject_missing_state=True,
+    return trace
+
+
+def universal(folder, out):
+    """Have DeepSpeed make a checkpoint of its own a universal one."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    how = Namespace(
+        input_folder=folder,
+        output_folder=out,
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    ds_to_universal.main(how)
+
+
+def theirs(env, folder):
+    """Runs that change hands after two steps, at two stages: the gaps from the judge.
+
+    Ours is gone on with by DeepSpeed's own loop; its own is made universal.
+    """
+    judge, found = t.by_hand(single, t.masked, t.grouped, DATA), {}
+    for place in ("zero-1", "zero-3"):
+        tx, ours = chain(env, place), f"{folder}/ours-{place}"
+        state, _ = go_on(env, tx, ax.init(tx, single, t.grouped), t.masked, DATA[:2])
+        made = ax.export_state(env, state, ours)
+        with pytest.raises(ax.CheckpointError, match="is there already"):
+            ax.export_state(env, state, ours)
+        found[place, "on"] = apart(judge[2:], by_deepspeed(env, place, DATA[2:], ours))
+        own = f"{folder}/theirs-{place}"
+        found[place, "own"] = apart(
+            judge[:2], by_deepspeed(env, place, DATA[:2], save=own)
         )
+        assert made == f"{ours}/global_step2"
         if env.main:
-            from deepspeed.checkpoint import ds_to_universal  # imported quietly before
+            from deepspeed.utils import zero_to_fp32
 
-            ds_to_universal.main(how)
-    return True
+            universal(f"{own}/two", f"{own}-universal")
+            full = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(ours)
+            save_file({n: w.clone() for n, w in full.items()}, f"{ours}.safetensors")
+    return found, apart(judge[2:], by_deepspeed(env, "zero-1", DATA[2:]))
 
 
-def test_a_run_of_deepspeed_is_gone_on_with(tmp_path):
-    """Its universal checkpoints are imported: weights, moments, groups and counts."""
-    assert told(theirs) == [True, True]
+def test_a_run_of_deepspeed_changes_hands_both_ways(tmp_path):
+    """Its checkpoints are gone on with here, and ours by its own loop, all the same.
+
+    Weights, moments, groups and counts; what it puts together in fp32 is loaded.
+    """
+    for found, control in told(theirs):
+        assert max(found.values()) < 1e-6, found
+        assert control > 1e-3
     judge = t.by_hand(single, t.masked, t.grouped, DATA)
     only = ("model.**", "optim.**", "step", "skipped")
     for place in ("zero-1", "zero-3"):
@@ -214,6 +281,96 @@ def test_a_run_of_deepspeed_is_gone_on_with(tmp_path):
         assert apart(judge[2:], trace) < 1e-6
         with pytest.raises(ax.CheckpointError, match="ds_to_universal --input_folder"):
             ax.import_state(f"{folder()}/theirs-{place}/two", out)
+        again = t.made(torch.float32, seed=3)()
+        url = f"{folder()}/ours-{place}.safetensors"
+        ax.load_weights(url, strict=False)(again)  # of stage 1 frozen ones are missing
+        trained = {n for n, p in again.named_parameters() if p.requires_grad}
+        loaded = {n: w for n, w in t.weights(again).items() if n in trained}
+        assert furthest(loaded, judge[1].weights) < 1e-6
+
+
+SIZE, DEEP, BUDGET = 256, 12, 4096  # bytes to hold while a model is made
+
+
+def wide():
+    """A model of many weights of one size."""
+    torch.manual_seed(5)
+    return nn.Sequential(*[nn.Linear(SIZE, SIZE) for _ in range(DEEP)])
+
+
+def resident():
+    """Bytes of all tensors of this process."""
+    gc.collect()
+    dense = [x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter)]
+    kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in dense}
+    return sum(kept.values())
+
+
+def placed_of(env, model, optim=None, *rest):
+    """A state of stage 3, none of whose weights is kept whole."""
+    zero = AWKWARD["zero_optimization"] | {"reduce_bucket_size": 1000}
+    config = {"zero_optimization": zero}
+    tx = ax.chain(ax.shard_model(env, "deepspeed", stage=3, config=config), *rest)
+    return ax.init(tx, model, optim)
+
+
+def highest(env, make):
+    """The most bytes at a time while a model is placed; what stays; its weights."""
+    before, high, calls, cast = resident(), [], [], deepspeed_cut.dtypes.cast
+    forms = []
+
+    def looking(*args):
+        calls.append(args)
+        if len(calls) in (3, DEEP, 2 * DEEP):  # looking takes a while
+            high.append(resident() - before)
+        return cast(*args)
+
+    def optim(model):
+        forms.extend((p.shape, p.dtype) for p in model.parameters())
+        assert all(p.isnan().all() for p in model.parameters())
+        return torch.optim.SGD(model.parameters(), 0.1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deferred.build, "__defaults__", (BUDGET,))
+        patch.setattr(deepspeed_cut.dtypes, "cast", looking)
+        state = placed_of(env, make(), optim)
+    kept = resident() - before
+    assert forms == [(p.shape, p.dtype) for p in wide().parameters()]
+    return max(high), kept, whole(env, state)
+
+
+def made_in_slices(env, folder):
+    """Peaks of a function, and of the control, a module; and if numbers are its."""
+    judge = {n: w.detach() for n, w in wide().named_parameters()}
+    found, same = [], []
+    for make in (lambda: wide, wide):
+        high, kept, weights = highest(env, make)
+        found.append((high, kept))
+        same.append(t.same(weights, judge))
+    url, sgd = f"{folder}/wide", lambda m: torch.optim.SGD(m.parameters(), 0.1)
+    ax.export((env, placed_of(env, wide)), url)  # not trained: it is whole
+    with torch.device("meta"):
+        hollow = wide()
+    other = lambda: nn.Sequential(*[nn.Linear(SIZE, SIZE) for _ in range(DEEP)])  # noqa: E731
+    for model, optim in ((hollow, sgd), (other, sgd), (other(), sgd), (other, None)):
+        state = placed_of(env, model, optim, ax.load_weights(url))
+        same.append(t.same(whole(env, state), judge))
+        if optim is None:
+            same.append(t.same(dict(state.model.named_parameters()), judge))
+    return found, same
+
+
+def test_the_third_stage_never_holds_a_model_whole():
+    """Nor while it is made, with the numbers of making it (L4), or of a file."""
+    weight = SIZE * SIZE * 4
+    total = DEEP * (weight + SIZE * 4)
+    for (made, given), same in told(made_in_slices):
+        assert all(same)
+        (high, kept), (control, _) = made, given
+        states = 2 * DEEP * 5056  # of the generator, before each weight
+        assert high <= total / 2 + 3 * weight + BUDGET + states
+        assert control >= 0.9 * total  # two are cut already when it is looked first
+        assert kept <= 1.51 * total  # of weights, masters and gradients a half each
 
 
 def raising(env, place):
@@ -420,13 +577,25 @@ def refusals(env, folder):
     refused(env, two, t.grouped, "holds the gradients of one ax.grads", twice=True)
     refused(env, two, t.pair, "one optimizer a model, got AdamW, SGD.*param_groups")
     refused(env, two, lion, "flat slices.*Adafactor.*stage=0")
-    refused(env, two, None, "trains with an optimizer.*ax.init")
+    refused(env, two, None, "an optimizer.*ax.init")
     refused(env, two, t.grouped, r"got no gradient on.*layers\.0", loss=unused)
     refused(env, three, t.grouped, "not finite; add clip", loss=infinite)
     refused(env, ax.chain(three, ax.with_ema(0.9)), t.grouped, "with_ema.*stage=2")
     refused(env, ax.chain(one, ax.clip_value(1.0)), t.grouped, "clip_value.*stage=0")
     with pytest.raises(ax.PlacementError, match=r"wants the optimizer.*ax.init"):
         two(single())
+    exports = (
+        (ax.shard_model(env), t.grouped, folder, r"got one of ddp.*save_state"),
+        (two, t.grouped, "s3://bucket/run", "writes to a folder"),
+        (two, None, f"{folder}/none", r"given none; write export\("),
+    )
+    for tx, optim, out, words in exports:
+        with pytest.raises(ax.AccelxError, match=words):
+            ax.export_state(env, ax.init(tx, single, optim), out)
+    for weight in (torch.ones(()), torch.empty(0, 3)):
+        few = nn.ParameterDict({"odd": weight})
+        with pytest.raises(ax.PlacementError, match=r"odd has none.*torch.zeros"):
+            ax.init(three, few, t.grouped)
     with pytest.raises(ax.PlacementError, match=r"float64, but embed.weight.*fp32"):
         ax.init(one, t.made(), t.grouped)
     with pytest.raises(ax.PlacementError, match=r"float32, but embed.weight is .*fp32"):
@@ -480,11 +649,16 @@ def language(env, folder):
     ax.load_weights(f"{folder}/exported")(again)
     pairs = zip(again.parameters(), judge.parameters(), strict=True)
     gap = max((a - b).abs().max().item() for a, b in pairs)
+    ask = ids[:1, : 2 + env.rank]  # ranks with texts of their own length
+    how = {"max_new_tokens": 3 + 2 * env.rank, "do_sample": False}
+    with ax.evaluating(state) as model:
+        text = model.generate(ask, synced_gpus=True, **how)
+    assert torch.equal(text, again.eval().generate(ask, **how))
     return max(abs(a - b) for a, b in zip(hand, ours, strict=True)), gap
 
 
 def test_a_model_of_transformers_is_sliced_and_exported():
-    """It trains as by hand, and what it exports is what was trained."""
+    """It trains as by hand, exports what was trained, and writes what that writes."""
     for losses, weights in told(language):
         assert losses < 1e-5
         assert weights < 1e-5
@@ -500,4 +674,4 @@ def test_one_rank_is_the_plain_model():
     assert Options().stage is None
 
 
-LAUNCHES = (trained, resharded, theirs), (behaves, refusals, language)
+LAUNCHES = (trained, resharded, theirs, made_in_slices), (behaves, refusals, language)

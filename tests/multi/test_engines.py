@@ -1,11 +1,13 @@
 """What a state can do besides training by steps is the same on every engine."""
 
 import copy
+from contextlib import nullcontext
 from functools import cache
 
 import attrs
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import accelx as ax
@@ -360,6 +362,58 @@ def test_frozen_leaves_what_was_frozen_before(kind):
     assert all(told(kind, "freezing"))
 
 
+def summing(meet):
+    """A whole engine of torch's own calls: each rank's gradients, through `meet`."""
+
+    def backward(state, loss, scale):
+        (loss * scale).backward()
+
+    def settle(state, scale):
+        for p in state.model.parameters():
+            if p.requires_grad:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                meet(p.grad)
+                p.grad.mul_(scale)
+
+    def update(state):
+        for optimizer in state.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def clip(state, limit):
+        weights = list(state.model.parameters())
+        return nn.utils.clip_grad_norm_(weights, limit or float("inf"))
+
+    return ax.Engine("mine", backward, settle, update, clip, lambda _: nullcontext())
+
+
+def own_engine(env):
+    """How far a run on that engine is from one process, and one that never meets."""
+    wanted = t.by_hand(t.made(), t.masked, t.pair, DATA)
+    return [run_on(summing(meet), env, wanted) for meet in (dist.all_reduce, id)]
+
+
+def run_on(engine, env, wanted):
+    """The largest difference from a plain loop."""
+
+    def place(state, tx):
+        model = state.model()
+        slots = {"shard_model": Placed(engine, env, model)}
+        return attrs.evolve(state, model=model, slots=slots)
+
+    rest = (ax.accumulate(2), ax.clip(t.LIMIT), ax.with_schedule(t.curve))
+    tx = ax.chain(ax.transform("mine", place=place), *rest)
+    run = t.train(tx, env, t.made(), t.masked, t.pair, DATA)
+    return t.apart(wanted, run)
+
+
+def test_an_engine_is_one_file():
+    """Its functions and the arrow that puts it there: nothing else knows of it."""
+    for gap, alone in told("ddp", "own_engine"):
+        assert gap < 1e-12
+        assert alone > 1e-3  # the control: the comparison sees that ranks do not meet
+
+
 def clipping():
     """An engine of a test's own that clips as it updates, and a pass that places it."""
 
@@ -553,6 +607,7 @@ PARTS = {
     **{f"adding-{n}": lambda env, kind, n=n: adding(env, kind, n) for n in (1, 2)},
     **{f.__name__: f for f in (once, breaking, tokenless, poisoning, evaluating)},
     **{f.__name__: f for f in (measuring, two_states, freezing, differing)},
+    "own_engine": lambda env, kind: kind == "ddp" and own_engine(env),
 }
 
 

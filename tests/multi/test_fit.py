@@ -92,6 +92,23 @@ def unequal(env, kind, low):
     return single.find("accumulate").n, found.find("accumulate").n
 
 
+def staged(env, low):
+    """Of a model in stages: what fits, what does where rank 1 gets little, a loss."""
+    cut = ax.shard_stages(env, "layers.1", 2, "gpipe")
+    tx, x = ax.chain(cut, ax.shard_model(env), ax.clip(1.0)), batch(ax.Env())
+    state = ax.init(tx, Wide, adam)
+    ax.step(tx, loss)(state, x[:1].clone())  # imports and pools
+    state = ax.init(tx, Wide, adam)
+    rich = fit_batch(env, tx, loss, x, state=state)
+    if env.rank == 1:
+        limit(low)
+    before = weights(state)
+    found = fit_batch(env, tx, loss, x, state=state)
+    assert all(map(torch.equal, before, weights(state)))
+    _, out = ax.step(ax.chain(tx, found), loss)(state, x)
+    return rich.find("accumulate").n, found.find("accumulate").n, float(out.loss)
+
+
 @cache
 def in_a_new_process():
     """What ranks of a process find whose heap no other test has used."""
@@ -111,6 +128,16 @@ def test_all_take_what_the_rank_with_least_memory_can(kind):
     (rich, first), (poor, second) = in_a_new_process()[kind]
     assert rich == 1 < poor
     assert first == second > 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_stages_take_what_the_rank_with_least_memory_can():
+    """All fits without the limit, the control; the loss is that of one process."""
+    wanted = loss(Wide(), batch(ax.Env())).item()
+    (rich, first, got), (other, second, same) = in_a_new_process()["stage"]
+    assert rich == other == 1
+    assert first == second > 1
+    assert got == same == pytest.approx(wanted, rel=1e-6)
 
 
 def bypassing(model, x):
@@ -149,6 +176,6 @@ def test_an_error_on_one_rank_is_told_to_all():
 
 
 if __name__ == "__main__":
-    print(
-        json.dumps({kind: run(2)(unequal)(kind, 16 * MB) for kind in ("ddp", "fsdp2")})
-    )
+    tried = {kind: run(2)(unequal)(kind, 16 * MB) for kind in ("ddp", "fsdp2")}
+    tried["stage"] = run(2, axes="stage=2")(staged)(16 * MB)
+    print(json.dumps(tried))

@@ -9,9 +9,11 @@ from functools import cache
 import pytest
 import torch
 import torch._dynamo  # optimizers import it when first made: here, not in each rank
+import torch.distributed as dist
 from torch import nn
 
 import accelx as ax
+from accelx.comm_ring import ring
 from accelx.doctors import hang
 from accelx.testing import RankError, run
 
@@ -258,6 +260,13 @@ def test_ranks_in_lockstep_are_let_be():
             ax.broadcast(env, float(out.loss) if env.main else None)
             ax.barrier(env)
         assert ax.measure(ax.identity, lambda m, b: m(b["x"]).mean())
+        check = ring().check
+        dist.destroy_process_group()  # by the program itself, which knows of no mark
+        ax.barrier(env := ax.connect(env))
+        assert ring().check is None
+        ring().check = check  # as if `connect` had not seen it
+        ax.barrier(env)
+        assert ring().check is None
         return state.step
 
     assert run(WORLD)(alike)() == [3] * WORLD

@@ -1,5 +1,6 @@
 """What a rank holds is what the plan says; what is too much for one fits on four."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -130,30 +131,61 @@ def test_a_rank_holds_what_the_plan_says(name):
     assert name == "ddp" or simulated()[name] == wanted
 
 
+STAGES = {1: {}, 2: {}, 3: {"stage3_param_persistence_threshold": 0}}
+AWAY = {"offload_param": {"device": "cpu"}, **STAGES[3]}  # and the optimizer
+
+
+def storages():
+    """Bytes of all storages that tensors have which are not frozen (by gc)."""
+    gc.collect()
+    kinds = (torch.Tensor, nn.Parameter)
+    found = [x.untyped_storage() for x in gc.get_objects() if type(x) in kinds]
+    held = {x.data_ptr(): x.nbytes() for x in found if x.device.type != "meta"}
+    return sum(held.values())
+
+
 def zero(env):
-    """Bytes of weights, gradients and optimizer state at each stage of ZeRO."""
-    found, small = {}, {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-    for stage in (1, 2, 3):
-        config = small if stage == 3 else None
-        tx = ax.shard_model(env, "deepspeed", stage=stage, config=config)
+    """What is reported of each stage of ZeRO, and the bytes that are in no report.
+
+    With gradients, and after the step.
+    """
+    found = {}
+    for stage, offload in ((1, False), (2, False), (2, True), (3, False), (3, True)):
+        part = AWAY if stage == 3 and offload else STAGES[stage]
+        config = {"zero_optimization": {**part, "reduce_bucket_size": 1000}}
+        tx = ax.shard_model(
+            env, "deepspeed", stage=stage, offload=offload, config=config
+        )
+        gc.freeze()
         state, out = ax.grads(tx, loss)(ax.init(tx, made, adam), rows())
-        theirs = state.slots["shard_model"].handle.zero
-        weights = [getattr(p, "ds_tensor", p) for p in state.model.parameters()]
-        grads = [g for some in theirs.averaged_gradients.values() for g in some]
-        counted = [sum(x.nbytes for x in some) for some in (weights, grads)]
+        reports = [reported(env, state)]
         state, _ = ax.apply(tx)(state, out)
-        kept = [x for s in state.optim.state.values() for x in s.values() if x.dim()]
-        found[stage] = [*counted, sum(x.nbytes for x in kept)]
+        found[stage, offload] = [*reports, reported(env, state)]
     return found
+
+
+def reported(env, state):
+    """What a report says of each part; bytes of tensors that it does not count."""
+    report = ax.memory_report(env, state)
+    parts = {name: report.of(name) for name in {one.what for one in report.held}}
+    return parts, storages() - sum(parts.values())
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is missing")
 def test_zero_holds_what_its_stages_say():
-    """Moments and gradients in slices at each stage, weights at the third."""
+    """Moments and gradients in slices at each stage, weights at the third.
+
+    No tensor is left out of the report: what it says is what the process has more.
+    """
     half = WHOLE // 2
     for rank in run(2, timeout=120)(zero)():
-        assert rank[1] == rank[2] == [WHOLE, half, WHOLE]
-        assert rank[3] == [half, half, WHOLE]
+        for (stage, _), reports in rank.items():
+            (first, _), (last, _) = reports
+            assert last["parameters"] == (half if stage == 3 else WHOLE)
+            assert first["master weights"] == last["master weights"] == half
+            assert half <= first["gradients"] <= WHOLE  # offloaded ones twice
+            assert WHOLE <= last["optimizer state"] <= WHOLE + COUNTS
+            assert [left for _, left in reports] == pytest.approx([0, 0], abs=200)
 
 
 LARGE, BLOCKS, ROOM = 256, 24, 112 * MB  # 48 MiB of weights, 192 with all the rest

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import cache
 
 import pytest
 import torch
@@ -58,6 +59,144 @@ def by_rank(env):
     return lambda model, x: model(x, "a" if env.main else "b").square().mean()
 
 
+def raising(model, x):
+    raise ZeroDivisionError("before the model was called")
+
+
+class Turned(nn.Module):
+    """A complex weight, one that lies by columns, and a mean that forward keeps."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.turn = nn.Parameter(torch.randn(2, 4, dtype=torch.complex128))
+        self.out = nn.Parameter(torch.randn(3, 4).double().t())
+        self.register_buffer("mean", torch.zeros(4).double())
+
+    def forward(self, x):
+        wide = (x.to(self.turn.dtype) @ self.turn).abs()
+        self.mean = 0.9 * self.mean + 0.1 * wide.detach().mean(0)
+        return wide @ self.out
+
+
+def reporting(model, x):
+    """A loss with a number of its own beside it, and one that is everyone's."""
+    loss = square(model, x)
+    return loss, {"own": loss.sqrt(), "rows": ax.Mean(len(x), len(x))}
+
+
+def turned(env, kind):
+    """How far two steps are from plain torch, on all rows and on this rank's; said."""
+    # fsdp2 reduces the weights of a block in one dtype
+    tx = ax.shard_model(env, kind, **({"ignored": "turn"} if kind == "fsdp2" else {}))
+    state, step = ax.init(tx, Turned, sgd), ax.step(tx, reporting)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            state, out = step(state, part(env))
+    assert float(out.aux["rows"].value) == 1.0
+    ours = {n: p.clone() for n, p in ax.stream_weights(env, state) if n != "mean"}
+    far = []
+    for rows in (X, part(env)):
+        model = Turned()
+        for _ in range(2):
+            model.zero_grad()
+            square(model, rows).backward()
+            sgd(model).step()
+        plain = dict(model.named_parameters())
+        far.append(max((ours[n] - plain[n]).abs().max().item() for n in ours))
+    return *far, [str(w.message) for w in found if w.category is ax.NeutralityWarning]
+
+
+def halved(env):
+    """What is said of complex weights that are to travel in fewer bits."""
+    with pytest.raises(ax.PlacementError) as caught:
+        ax.init(ax.shard_model(env, "ddp", hook="bf16"), Turned, sgd)
+    return str(caught.value)
+
+
+def stilled(env, kind):
+    """What a step says of a weight that was frozen since."""
+    tx = ax.shard_model(env, kind)
+    state = ax.init(tx, Two, sgd)
+    state.model.a.requires_grad_(False)
+    with pytest.raises(ax.UnusedParameterError) as caught:
+        ax.step(tx, square)(state, part(env))
+    return str(caught.value)
+
+
+def factored(env):
+    """What is said of an optimizer that slices cannot have, after a step of one."""
+    tx = ax.shard_model(env, "fsdp2")
+    state = ax.init(tx, Two, lambda m: torch.optim.Adafactor(m.parameters()))
+    with pytest.raises(ax.PlacementError) as caught:
+        ax.step(tx, square)(state, part(env))
+    return str(caught.value)
+
+
+def held(env):
+    """What is said of an optimizer that was there before the slices."""
+    model = Two()
+    optimizer = sgd(model)
+    ax.shard_model(env, "ddp")(Two())
+    with pytest.raises(ax.PlacementError) as caught:
+        ax.shard_model(env, "fsdp2")(model)
+    assert optimizer.param_groups[0]["params"][0] is model.a.weight
+    return str(caught.value)
+
+
+def penalised(model, x):
+    """A loss with a gradient of gradients in it."""
+    x = x.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(model(x).tanh().sum(), x, create_graph=True)
+    return slope.square().sum(1).mean()
+
+
+class Deep(Two):
+    """With a product after a product, so that backward wants weights again."""
+
+    def __init__(self):
+        super().__init__()
+        self.c = nn.Linear(1, 1).double()
+
+    def forward(self, x):
+        return self.c(super().forward(x).tanh())
+
+
+def twice_back(env):
+    """What is said of gradients of gradients in slices; ddp's loss and torch's."""
+    said, losses = "", []
+    for kind in ("fsdp2", "ddp"):
+        tx = ax.shard_model(env, kind)
+        state, step = ax.init(tx, Deep, sgd), ax.step(tx, penalised)
+        with warnings.catch_warnings():  # of strides that ddp does not like
+            warnings.simplefilter("ignore")
+            try:
+                for _ in range(2):
+                    state, out = step(state, part(env))
+                    losses.append(float(out.loss))
+            except RuntimeError as error:
+                said = " ".join(error.__notes__)
+    model = Deep()
+    penalised(model, X).backward()
+    sgd(model).step()
+    return said, abs(losses[-1] - penalised(model, X).item()), len(losses)
+
+
+def staged(env):
+    """What is said of a weight's hook where stages are made of a function."""
+    env = ax.connect(env, axes="stage=2")
+
+    def hooked():
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+        model[0].weight.register_hook(lambda grad: 2 * grad)
+        return model
+
+    with pytest.raises(ax.PlacementError) as caught:
+        ax.init(ax.chain(ax.shard_stages(env, "1", 2), ax.shard_model(env)), hooked)
+    return str(caught.value)
+
+
 def on_two_ranks(env):
     texts = {"bypass": refused(env, "ddp", bypassed)}
     turns = iter(["ab", "a"])
@@ -67,15 +206,87 @@ def on_two_ranks(env):
 
     texts["late"] = refused(env, "ddp", late, ax.accumulate(2))
     texts["mixed"] = refused(env, "fsdp2", by_rank(env), unused="allow")
+    texts["early"] = refused(env, "fsdp2", raising, error=ZeroDivisionError)
+    texts["halved"] = halved(env)
+    texts["factored"] = factored(env)
+    texts["held"] = held(env)
+    texts["staged"] = staged(env)
+    texts["twice"] = twice_back(env)
+    texts["stilled"] = [stilled(env, kind) for kind in ("ddp", "fsdp2")]
+    texts["turned"] = {kind: turned(env, kind) for kind in ("ddp", "fsdp2")}
     return texts
+
+
+@cache
+def told():
+    return run(2)(on_two_ranks)()
 
 
 def test_ranks_that_would_train_apart_are_refused():
     """A loss beside the model's call, a weight left out at the end, one a rank."""
-    for texts in run(2)(on_two_ranks)():
+    for texts in told():
         assert "write model(...) in the loss" in texts["bypass"]
         assert "b.weight" in texts["late"]
         assert "only some ranks used a.weight" in texts["mixed"]
+
+
+def test_a_loss_that_raises_before_it_calls_the_model_is_heard():
+    """Its own error comes out, also where no slice has been gathered yet."""
+    for texts in told():
+        assert texts["early"] == "before the model was called"
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_weights_that_are_complex_or_lie_by_columns_train_as_in_one_process(kind):
+    """To rounding; the control is what a rank makes of its own rows alone."""
+    for texts in told():
+        far, control, _ = texts["turned"][kind]
+        assert far < 1e-12
+        assert control > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_what_each_rank_has_of_its_own_rows_is_pointed_out_once(kind):
+    """Buffers that forward changes and numbers in aux, by name, at the first step."""
+    for texts in told():
+        aux, buffers = texts["turned"][kind][2]
+        assert "changes mean by the rows" in buffers
+        assert "ax.reduce(env, x" in buffers
+        assert "aux['own'] of the loss is a number of this rank's rows" in aux
+        assert "ax.Mean(total, weight)" in aux
+
+
+def test_a_gradient_of_gradients_is_exact_under_ddp_and_explained_in_slices():
+    """Slices are gone by the second backward pass, of which torch says a storage."""
+    for texts in told():
+        said, far, losses = texts["twice"]
+        assert 'shard_model(env, "ddp")' in said
+        assert losses == 2
+        assert far < 1e-12
+
+
+def test_what_would_be_lost_on_the_way_is_refused():
+    """An imaginary part, a weight frozen since, optimizers that slices do not suit."""
+    for texts in told():
+        assert "Adafactor wants whole weights" in texts["factored"]
+        assert 'shard_model(env, "ddp")' in texts["factored"]
+        assert "hooks of 0.weight would never be called" in texts["staged"]
+        assert "this Two has a SGD already" in texts["held"]
+        assert "first, then SGD(model.parameters(), ...)" in texts["held"]
+        assert "turn is complex and would lose its imaginary part" in texts["halved"]
+        for said in texts["stilled"]:
+            assert "a.weight, a.bias were trainable at ax.init" in said
+            assert "freeze before ax.init" in said
+
+
+def test_batch_normalisation_over_microbatches_is_pointed_out():
+    """accumulate changes its numbers in one process, too; whole batches do not."""
+    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).double()
+    with pytest.warns(ax.NeutralityWarning, match=r"1 normalise.*accumulate\(2\)"):
+        ax.init(ax.accumulate(2), net, sgd)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ax.init(ax.accumulate(1), copy.deepcopy(net), sgd)
 
 
 def whole_batches(env):

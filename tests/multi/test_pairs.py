@@ -68,17 +68,18 @@ class Experts(nn.Module):
         return (torch.tanh(each) * weights[..., None]).sum(1)
 
 
-class Mixture(nn.Module):
-    """A router, and the experts that it chooses two of."""
+class Mixture(nn.Sequential):
+    """A router, the experts that it chooses two of, and an MLP for every token."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, *shared):
+        super().__init__(*shared)
         self.router, self.experts = nn.Linear(WIDTH, COUNT), Experts()
 
     def forward(self, x):
         flat = x.flatten(0, -2)
         weights, index = self.router(flat).softmax(-1).topk(2)
-        return self.experts(flat, index, weights).view_as(x)
+        up, act, down = self[0], self[1], self[2]
+        return self.experts(flat, index, weights).view_as(x) + down(act(up(x)))
 
 
 class Block(nn.Module):
@@ -89,7 +90,7 @@ class Block(nn.Module):
         self.first, self.second = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.attention = Attention()
         up, down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
-        self.mlp = Mixture() if mixed else nn.Sequential(up, nn.GELU(), down)
+        self.mlp = (Mixture if mixed else nn.Sequential)(up, nn.GELU(), down)
 
     def forward(self, x):
         x = x + self.attention(self.first(x))
@@ -220,8 +221,13 @@ CASES = {  # ranks: [(axes, kind, *names)]
         ("replicate=1,shard=2,stage=2", "hsdp", *STAGE),
         ("data=2,stage=2", "fsdp2", *STAGE),
         ("sequence=2,tensor=2", "fsdp2", *SEQUENCE, "shard_tensors"),
+        ("stage=2,sequence=2", "fsdp2", *SEQUENCE, "shard_stages"),
+        ("stage=2,expert=2", "ddp", *STAGE, "shard_experts"),
         ("sequence=2,expert=2", "ddp", *SEQUENCE, "shard_experts"),
         ("sequence=2,expert=2", "fsdp2", *SEQUENCE, "shard_experts"),
+        ("replicate=2,shard=1,sequence=2", "hsdp", *SEQUENCE),
+        ("replicate=1,shard=2,expert=2", "hsdp", *EXPERT),
+        ("expert=2,tensor=2", "fsdp2", *EXPERT, "shard_tensors"),
     ],
 }
 
@@ -327,8 +333,8 @@ def found(ranks):
         cases = [tried(env, c, f"{folder}/{i}") for i, c in enumerate(CASES[ranks])]
         return cases, more[ranks](env)
 
-    more = {2: lambda env: (control(env), refused(env, 2), halves(env, 2))}
-    more[4] = lambda env: (counts(env), refused(env, 4), halves(env, 4), staged(env))
+    more = {2: lambda env: (control(env), halves(env, 2), refused(env))}
+    more[4] = lambda env: (counts(env), halves(env, 4), staged(env))
     return testing.run(ranks, timeout=150)(rank)()
 
 
@@ -354,30 +360,25 @@ def test_control_the_mean_of_means_is_another_run():
     assert min(gap for _, (gaps, *_) in found(2) for gap in gaps) > 1e-4
 
 
-AXIS = {  # what a pass wants of the mesh, inner axes last
+AXIS = {  # what a pass wants of the mesh
     "hsdp": "replicate=1,shard=2",
     "shard_sequence": "sequence=2",
     "shard_stages": "stage=2",
-    "shard_tensors": "tensor=2",
     "shard_experts": "expert=2",
+    "shard_tensors": "tensor=2",
 }
 ON_ONE = ("remat", "compile", "quantize")  # with which XLA could be asked for
 
 
-def refusing(ranks):
-    """The refused pairs that are tried on so many ranks."""
+def refused(env):
+    """What each of the pairs that are refused raises: none of them wants two axes."""
     said = parallel_page.refusals()
     pairs = [p for p, mark in parallel_page.pairs().items() if mark in said]
-    return [p for p in pairs if (2 if len(AXIS.keys() & {*p}) < 2 else 4) == ranks]
-
-
-def refused(env, ranks):
-    """What each of the pairs that are refused raises."""
-    return {pair: error_of(env, pair) for pair in refusing(ranks)}
+    return {pair: error_of(env, pair) for pair in pairs}
 
 
 def error_of(env, pair):
-    axes = ",".join(AXIS[n] for n in AXIS if n in pair) or "data=2"
+    axes = next((AXIS[name] for name in pair if name in AXIS), "data=2")
     env = ax.connect(env, axes=axes)
     if "xla" in pair and {*ON_ONE} & {*pair}:
         env = ax.Env(device="xla")
@@ -391,11 +392,10 @@ def error_of(env, pair):
     return "nothing"
 
 
-@pytest.mark.parametrize("ranks", CASES)
-def test_what_does_not_go_together_says_why(ranks):
+def test_what_does_not_go_together_says_why():
     """On every rank, in the words of the page."""
     marks, words = parallel_page.pairs(), parallel_page.refusals()
-    for _, (_, errors, *_) in found(ranks):
+    for _, (*_, errors) in found(2):
         assert errors
         for pair, error in errors.items():
             assert words[marks[pair]] in error, (pair, error)
@@ -404,6 +404,7 @@ def test_what_does_not_go_together_says_why(ranks):
 FED = (  # axes
     *("data=2,tensor=2", "data=2,sequence=2", "data=2,stage=2", "data=2,expert=2"),
     *("replicate=2,shard=2", "stage=2,tensor=2", "data=4"),
+    *("replicate=2,shard=1,sequence=2", "expert=2,tensor=2"),
 )
 
 
@@ -432,15 +433,32 @@ def test_each_sample_counts_once_along_every_axis():
 
 
 LATER = ["layers.0", "layers.1", "norm"]  # four stages
+POSITIONS = PLAN | {  # sequence parallel
+    **dict.fromkeys(("embed", "places"), "embedding_scatter"),
+    **dict.fromkeys(("layers.*.first", "layers.*.second"), "sequence"),
+    **dict.fromkeys(("layers.*.attention", "layers.*.mlp"), "gather"),
+    **dict.fromkeys(("layers.*.attention.o", "layers.*.mlp.2"), "row_scatter"),
+    "norm": "sequence_gather",
+}
+OWN = POSITIONS | {  # the mixture works on a rank's own positions
+    "layers.*.attention": "gather",
+    "layers.*.mlp.0": "gather+column",
+    **dict.fromkeys(("layers.*.mlp.router", "layers.*.mlp.experts"), "partial"),
+}
+del OWN["layers.*.mlp"]
 STAGED = {  # schedule: plan
     "interleaved": PLAN | {"head": "loss"},
-    "zbv": PLAN,
+    "looped_bfs": PLAN | {"norm": "scatter+sequence_gather"},
+    "zbv": POSITIONS,
 }
 
 
 def staged(env):
-    """The gaps of layers that are cut in two stages a rank; what a plan is told."""
-    env, found = ax.connect(env, axes="stage=2,tensor=2"), {}
+    """The gaps of layers that are cut in two stages a rank; lengths that cross.
+
+    And what a batch and a plan are told that do not fit.
+    """
+    env, found, said = ax.connect(env, axes="stage=2,tensor=2"), {}, []
 
     def tx(plan, schedule):
         cut = ax.shard_stages(env, LATER, 2, schedule)
@@ -448,18 +466,61 @@ def staged(env):
         return ax.chain(ax.shard_tensors(env, plan), cut, ax.shard_model(env), *rest)
 
     case = ("stage=2,tensor=2", "ddp", "shard_stages", "shard_tensors")
+    found["ring"], found["experts"] = ringed(env), dealt_positions(env)
     for schedule, plan in STAGED.items():
-        found[schedule] = trained(env, case, loss, tx(plan, schedule))[1]
+        state, found[schedule] = trained(env, case, loss, tx(plan, schedule))
+    route, _ = next(iter(state.slots["shard_model"].stages.routes.values()))
+    cross = [crossing.like[0].size(1) for crossing in route.crossings]
+    odd = tuple(x[:, :-1] for x in batches()[0])
+    with pytest.raises(ax.DataError) as caught:
+        ax.step(tx(POSITIONS, "zbv"), loss)(state, odd)
+    said.append(str(caught.value))
     with pytest.raises(ax.PlacementError) as caught:
-        ax.init(tx(PLAN | {"norm": "sequence_gather"}, "zbv"), made(), t.grouped)
-    return found, str(caught.value)
+        ax.init(tx(PLAN | {"layers": "gather"}, "zbv"), made(), t.grouped)
+    said.append(str(caught.value))
+    env = ax.connect(env, axes="stage=2,expert=2")
+    dealt = (PASSES["shard_experts"](env), ax.shard_model(env))
+    cut = ax.shard_stages(env, LATER, 2, "zbv")
+    with pytest.raises(ax.PlacementError) as caught:
+        ax.init(ax.chain(cut, *dealt), made(True), t.grouped)
+    return found, cross, [*said, str(caught.value)]
+
+
+def dealt_positions(env):
+    """The gap of experts of which each rank is given its own positions."""
+    case = ("expert=2,tensor=2", "fsdp2", "shard_experts", "accumulate")
+    env = ax.connect(env, axes=case[0])
+    tx = chained(env, case, ax.shard_tensors(env, OWN))
+    return trained(env, case, loss, tx)[1]
+
+
+def ringed(env):
+    """The gap of tokens over ranks, of a mean of ranks that share rows."""
+    env = ax.connect(env, axes="stage=2,sequence=2")
+    cut = (ax.shard_stages(env, LATER, 2, "zbv"), ax.shard_sequence(env, "ring"))
+    rest = (ax.shard_model(env), ax.clip(t.LIMIT), ax.with_schedule(t.curve))
+    tx, gaps = ax.chain(*cut, *rest), []
+    state, step = ax.init(tx, made(), t.grouped), ax.step(tx, bare)
+    judge = t.by_hand(made(), bare, t.grouped, batches(), t.LIMIT)
+    for batch, want in zip(batches(), judge, strict=True):
+        state, out = step(state, batch)
+        gaps += [abs(float(out.loss) - want.loss), off(held(state.model), want.weights)]
+    return max(gaps)
+
+
+def bare(model, batch):
+    """A plain mean over rows and tokens."""
+    return F.cross_entropy(model(batch[0], batch[2]).mT, batch[1])
 
 
 def test_layers_are_cut_in_each_schedule():
-    """Logits that stay cut, too; positions that are cut are refused with the glob."""
-    for _, (*_, (gaps, said)) in found(4):
+    """Logits that stay cut, too, and positions, of which stages hand on a part."""
+    for _, (*_, (gaps, cross, said)) in found(4):
         assert max(gaps.values()) < 1e-10, gaps
-        assert "says 'sequence_gather' of norm" in said
+        assert cross == [LENGTH // 2] * 3
+        assert "do not divide 11; pad rows to a length of 12" in said[0]
+        assert "layers to cut or join positions by 'gather'" in said[1]
+        assert "for which shard_experts would have gathered them no more" in said[2]
 
 
 HALF = {  # ranks: (axes, kind, pass)
@@ -505,5 +566,5 @@ def half(env, case):
 def test_an_overflow_on_one_rank_is_skipped_by_all(ranks):
     """Wherever it is, and the scale is halved once, on each rank."""
     wanted = [(True, 256.0), (False, 128.0), (True, 128.0), (True, 128.0)]
-    for _, (_, _, cases, *_) in found(ranks):
+    for _, (_, cases, *_) in found(ranks):
         assert cases == [wanted] * len(HALF[ranks])

@@ -34,7 +34,9 @@ def overwritten(env, kind, folder, snapshot):
     gate, patch = threading.Event(), pytest.MonkeyPatch()
     patch.setattr(storage, "write", held_back(gate))
     if not snapshot:
-        patch.setattr(Background, "_snapshot", lambda self, job: job.slabs)
+        patch.setattr(
+            Background, "_snapshot", lambda self, job: [s.data for s in job.slabs]
+        )
     tx = saving.chain(env, kind, ax.save_state(env, folder, every=2, wait=False))
     state, _ = saving.train(tx, 2)
     wanted = odd.described(state, local)

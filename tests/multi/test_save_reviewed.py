@@ -227,11 +227,14 @@ from torch.utils.data import DataLoader
 import accelx as ax
 
 class Slow(torch.utils.data.Dataset):
+    made = 0
+
     def __len__(self):
         return 64
 
     def __getitem__(self, at):
-        time.sleep(0.005)
+        self.made += 1  # a worker's second batch is not there before the signal
+        time.sleep(0.4 if self.made > 8 else 0.001)
         return torch.ones(2)
 
 env = ax.Env()

@@ -1,6 +1,7 @@
 """Experts on ranks of their own make the run of one process."""
 
 import tempfile
+from functools import cache
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import accelx as ax
+from accelx.env_part import rows_env
 from accelx.testing import run
 from tests.laws import training as t
 
@@ -82,7 +84,7 @@ def mixtral():
         num_attention_heads=4,
         num_key_value_heads=2,
         num_local_experts=4,
-        vocab_size=TOKENS,
+        vocab_size=TOKENS + 1,  # which two ranks divide
         max_position_embeddings=16,
     )
     config._experts_implementation = "eager"  # the other has no float64
@@ -106,7 +108,7 @@ def train(env, tx, model, loss, optim, split=t.even):
     state, trace = ax.init(tx, model, optim), []
     step = ax.step(tx, loss)
     for batch in t.batches():
-        state, out = step(state, t.part(env, batch, split))
+        state, out = step(state, t.part(rows_env(env), batch, split))
         named = state.model.named_parameters(remove_duplicate=False)
         weights = {n: t.whole(p).clone() for n, p in named}
         trace.append(t.Step(float(out.loss), float(out.norm), weights))
@@ -121,9 +123,16 @@ CASES = {  # name: (kind, microbatches, given, split)
 }
 
 
-def chained(env, kind, n, experts="layers.*.experts"):
+BOTH = "expert=2,tensor=2"
+PLAN = {"layers.*.router": "column_gather"}
+
+
+def chained(env, kind, n, experts="layers.*.experts", plan=PLAN):
+    plan = "auto" if experts == "auto" else plan
+    cut = "tensor" in [axis.name for axis in env.axes]
     return ax.chain(
         ax.shard_experts(env, experts),
+        ax.shard_tensors(env, plan) if cut else ax.identity,
         ax.shard_model(env, kind, blocks="layers.*" if experts != "auto" else None),
         ax.accumulate(n),
         ax.clip(t.LIMIT),
@@ -131,23 +140,31 @@ def chained(env, kind, n, experts="layers.*.experts"):
     )
 
 
-def gaps(env, axes):
-    """How far each case lies from the hand-written run of one process."""
+@cache
+def judges():
+    """The runs of one process, by hand."""
+    mixed = t.by_hand(made, t.masked, t.grouped, t.batches())
+    return mixed, t.by_hand(mixtral, logits, adam, t.batches())
+
+
+def gaps(env, axes, *left):
+    """How far each case that is not `left` out lies from the run of one process."""
     env, found = ax.connect(env, axes=axes), {}
-    judge = t.by_hand(made, t.masked, t.grouped, t.batches())
+    judge, whole = judges()
     for name, (kind, n, given, split) in CASES.items():
+        if name in left:
+            continue
         tx = chained(env, kind, n)
         model = made if given == "function" else made()
         found[name] = t.apart(judge, train(env, tx, model, t.masked, t.grouped, split))
-    whole = t.by_hand(mixtral, logits, adam, t.batches())
     tx = chained(env, "fsdp2", 1, "auto")
     found["mixtral"] = t.apart(whole, train(env, tx, mixtral, logits, adam))
     return found
 
 
-def held(env):
+def held(env, axes):
     """How many experts this rank holds, and the size of its slices."""
-    env = ax.connect(env, axes="data=-1,expert=2")
+    env = ax.connect(env, axes=axes)
     state = ax.init(chained(env, "fsdp2", 1), made, t.grouped)
     weight = state.model.layers[0].experts.weight
     same = isinstance(state.model.layers[0].experts, Experts)
@@ -155,9 +172,12 @@ def held(env):
 
 
 def kept(env, folder, axes):
-    """The gaps of a step from what others saved, of a fork and of a measure."""
-    env, data = ax.connect(env, axes=axes), t.batches()
-    parts = [t.part(env, batch) for batch in data]
+    """The gaps of a step from what others saved, of a fork and of a measure.
+
+    Of three tokens a row, so that two ranks with the same rows cannot halve them.
+    """
+    env, data = ax.connect(env, axes=axes), [[x[:, :3] for x in b] for b in t.batches()]
+    parts = [t.part(rows_env(env), batch) for batch in data]
     tx = chained(env, "fsdp2", 1)
     alone = ax.chain(ax.clip(t.LIMIT), ax.with_schedule(t.curve))
     state, step = ax.init(tx, made, t.grouped), ax.step(tx, t.masked)
@@ -215,6 +235,7 @@ def on_two(env, folder):
 
 def test_two_ranks_hold_two_experts_each():
     """Every loss, norm and weight after every step; saves, forks, measures."""
+    judges()  # before the fork
     for found, saved, said in run(2, timeout=150)(on_two)(tempfile.mkdtemp()):
         assert found.pop("mixtral") < 2e-6  # its router computes in float32
         assert max(found.values()) < 1e-10, found
@@ -228,22 +249,61 @@ def test_two_ranks_hold_two_experts_each():
         assert [w in s for w, s in zip(words, said, strict=True)] == [True] * 4, said
 
 
+def stepped(env, turned=False, plan=PLAN):
+    """What a first step says of tokens that ranks with the same rows turn, or not."""
+    env = ax.connect(env, axes=BOTH)
+    tx, model = chained(env, "ddp", 1, plan=plan), made()
+
+    def behind(module, args, out):
+        return out.roll(env.rank % 2, -1) if turned else None
+
+    model.embed.register_forward_hook(behind)
+    with pytest.raises(ax.PlacementError) as caught:
+        train(env, tx, model, t.masked, t.grouped)
+    return str(caught.value)
+
+
+def shared(env):
+    """What is said of tokens that differ, and, as a control, of a gradient's shares.
+
+    And of tokens that do not differ, and of slices over more neighbours than have the
+    same experts.
+    """
+    own = PLAN | {"layers.*.experts": "partial"}
+    said = [stepped(env, turned=True), stepped(env, plan=own)]
+    with pytest.MonkeyPatch.context() as patch:
+        name = "accelx.engines.experts_tokens.share"
+        patch.setattr(name, lambda near, x: x.tensor_split(near.world)[near.rank])
+        said.append(stepped(env))
+    env = ax.connect(env, axes="data=2,expert=2")
+    place = ax.shard_model(env, "fsdp2", reshard_after_forward=4)
+    with pytest.raises(ax.PlacementError) as caught:
+        ax.init(ax.chain(place, ax.shard_experts(env, Experts)), made(), adam)
+    return [*said, str(caught.value)]
+
+
 def on_four(env, folder):
-    axes = "data=2,expert=2"
-    return gaps(env, axes), kept(env, folder, axes), held(env)
+    axes, beside = "data=2,expert=2", (BOTH, "ddp-function", "fsdp2")
+    found = gaps(env, axes), gaps(env, *beside)
+    saved = kept(env, f"{folder}/data", axes), kept(env, f"{folder}/tensor", BOTH)
+    held_by = held(env, "data=-1,expert=2"), held(env, BOTH)
+    return found, saved, held_by, shared(env)
 
 
 def test_four_ranks_hold_each_expert_twice_or_in_slices():
-    """Beside a data axis, whose ranks have the same experts."""
-    for found, saved, (shape, mine, same) in run(4, timeout=150)(on_four)(
-        tempfile.mkdtemp()
-    ):
-        assert found.pop("mixtral") < 2e-6  # its router computes in float32
-        assert max(found.values()) < 1e-10, found
-        assert max(saved.values()) < 1e-10, saved
-        assert shape == (COUNT, WIDTH, WIDTH)
-        assert mine == COUNT * WIDTH * WIDTH // 4
-        assert same
+    """Beside a data axis, whose ranks have the same experts, or a tensor axis."""
+    judges()  # before the fork
+    for found, saved, held_by, said in run(4, timeout=200)(on_four)(tempfile.mkdtemp()):
+        for one in found:
+            assert one.pop("mixtral") < 2e-6  # its router computes in float32
+            assert max(one.values()) < 1e-10, found
+        assert max(gap for one in saved for gap in one.values()) < 1e-10, saved
+        shape, mine = (COUNT, WIDTH, WIDTH), COUNT * WIDTH * WIDTH // 4
+        assert held_by == ((shape, mine, True), (shape, mine, True))
+        assert "want the same tokens" in said[0]
+        assert "their tokens are the same" in said[1]
+        assert "want one gradient" in said[2]
+        assert "over 4 ranks, but they are cut in 2" in said[3]
 
 
 def undivided(env):
@@ -269,5 +329,18 @@ def test_experts_that_do_not_fit_are_refused_on_one_process_too():
     with pytest.raises(ax.PlacementError, match="wants shard_model in the chain"):
         ax.init(ax.shard_experts(ENV), made, adam)
     axes = (ax.Axis("expert", 2), ax.Axis("data", 2))
-    with pytest.raises(ax.PlacementError, match="innermost"):
+    with pytest.raises(ax.PlacementError, match=r'write .*"data=...,expert=2"'):
         ax.shard_experts(ax.Env(world=4, axes=axes))
+    axes = (ax.Axis("tensor", 2), ax.Axis("expert", 2))
+    with pytest.raises(ax.PlacementError, match=r'write .*"expert=2,tensor=2"'):
+        ax.shard_experts(ax.Env(world=4, axes=axes))
+
+
+def test_a_plan_that_cuts_experts_is_refused_on_one_process_too():
+    """With the name; one that says that tokens are cut is not."""
+    place = ax.chain(ax.shard_model(ENV), ax.shard_experts(ENV, Experts))
+    told = {"layers.*.experts": "column"}
+    with pytest.raises(ax.PlacementError, match=r"'column' of layers.0.experts, whose"):
+        ax.init(ax.chain(place, ax.shard_tensors(ENV, told)), made, adam)
+    told = {"layers.*.experts": "partial"}
+    ax.init(ax.chain(place, ax.shard_tensors(ENV, told)), made, adam)

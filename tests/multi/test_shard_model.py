@@ -620,7 +620,23 @@ def doubled():
     return model
 
 
+def tabled(**options):
+    """A table of embeddings with options of its own."""
+    return lambda: nn.Sequential(nn.Embedding(6, 4, **options), nn.Linear(4, 4))
+
+
+def hooked():
+    """A weight whose gradient someone changes."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight.register_hook(lambda grad: 2 * grad)
+    return model
+
+
 REFUSED = {  # model, options, what the error says
+    "renormed": (tabled(max_norm=1.0), {}, r"0 has max_norm=1\.0.*leave max_norm out"),
+    "sparse": (tabled(sparse=True), {}, r"but 0 has sparse=True; write sparse=False"),
+    "hooked": (hooked, {}, r"hooks of 0\.weight would never.*ax\.transform"),
+    "lazy": (lambda: nn.LazyLinear(4), {}, r"but weight, bias of this LazyLinear"),
     "none-ignored": (tiny, {"ignored": "layers.*.gamma"}, r"matches no weight.*write"),
     "scalar": (tiny, {}, r"but scale has none; write.*ignored='scale'"),
     "container": (t.made(), {"blocks": "layers"}, r"is a ModuleList.*layers\.\*"),

@@ -104,8 +104,10 @@ def two(env):
         found[name] = gap(env, chain(env, "ddp", "1f1b", 2, *rest()), t.masked)
     found["factory"] = gap(env, chain(env, "ddp", "1f1b", 2), t.bare, t.made())
     state = ax.init(chain(env, "ddp", "1f1b", 2), t.made()(), t.grouped)
-    _, out = ax.step(chain(env, "ddp", "1f1b", 2), told)(state, t.batches(ROWS)[2])
+    step = ax.step(chain(env, "ddp", "1f1b", 2), told)
+    after, out = step(state, t.batches(ROWS)[2])
     found["aux"] = float(out.aux["real"].value), out.aux["rows"].detach()
+    found["held"] = ax.memory_report(env, after).held, names_of(after)
     return found | {"unshared": unshared(env), "means": mean_of_means(env)}
 
 
@@ -141,6 +143,21 @@ def test_what_a_loss_returns_beside_is_on_all_stages():
         real, rows = rank["aux"]
         assert real == pytest.approx(float(wanted["real"].value))
         assert torch.allclose(rows, wanted["rows"].detach(), atol=1e-12, rtol=0)
+
+
+def names_of(state):
+    """Of each weight that is here."""
+    return {name for name, _ in state.model.named_parameters()}
+
+
+def test_a_report_of_memory_counts_what_a_rank_has():
+    """Its own weights, and nothing of the shapes that are known of other stages."""
+    sizes = {name: p.nbytes for name, p in t.made()().named_parameters()}
+    for rank in on_two():
+        held, names = rank["held"]
+        found = {one.what: one.bytes for one in held}
+        assert found["parameters"] == sum(sizes[n] for n in names) < sum(sizes.values())
+        assert not {what for what in found if what.startswith("slot shard")}
 
 
 def test_a_rank_has_the_weights_of_its_stages_alone():

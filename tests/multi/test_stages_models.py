@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import accelx as ax
 from accelx import testing
+from accelx.env_part import rows_env
 from accelx.rows import mark
 from tests.laws import training as t
 
@@ -185,11 +186,118 @@ def halved(env, kind, precision):
 
 @cache
 def in_half():
-    """Each kind and precision on two stages of two ranks."""
+    """Each kind and precision on two stages of two ranks; and tokens over ranks."""
     grid = [(kind, p) for kind in ("ddp", "fsdp2") for p in ("bf16", "fp16")]
     return testing.run(4, axes="data=2,stage=2", timeout=90)(
-        lambda env: {case: halved(env, *case) for case in grid}
+        lambda env: (
+            {case: halved(env, *case) for case in grid}
+            | {"long": long(ax.connect(env, axes="stage=2,sequence=2"))}
+            | {"mixed": mixed(ax.connect(env, axes="stage=2,expert=2"))}
+        )
     )()
+
+
+def mixtral():
+    """A tiny Mixtral; which of its experts a token goes to is asked of numbers."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+    config = tf.MixtralConfig(
+        **size,
+        vocab_size=WORDS,
+        intermediate_size=24,
+        num_key_value_heads=1,
+        num_local_experts=4,
+    )
+    config._experts_implementation = "eager"  # the other has no float64
+    return tf.MixtralForCausalLM(config).double()
+
+
+def mixed(env):
+    """Losses of three steps of it, and of one that is measured."""
+    dealt = ax.shard_experts(env) if env.world > 1 else ax.identity
+    cut = ax.shard_stages(env, "balanced", 2)
+    tx = ax.chain(cut, dealt, ax.shard_model(env, "fsdp2"), ax.clip(1.0))
+    state = ax.init(tx, mixtral, lambda m: torch.optim.SGD(m.parameters(), 0.5))
+    step, found, rows = ax.step(tx, loss), [], rows_env(env)
+    for (ids, mask), _ in zip(batches(), range(3), strict=False):
+        low, high = t.even(len(ids), rows.rank, rows.world)
+        part = mark(ids[low:high], high - low, len(ids)), mask[low:high]
+        state, out = step(state, *part)
+        found.append(float(out.loss))
+    mean = ax.measure(tx, lambda model, batch: loss(model, *batch))
+    return [*found, float(ax.reduce(env, mean(state, part)).value)]
+
+
+def test_experts_of_stages_are_on_ranks_of_their_own():
+    """Tokens go to them and back within a stage, in steps and in evaluation."""
+    wanted = mixed(ax.Env())
+    assert abs(wanted[1] - wanted[0]) > 1e-3
+    for rank in in_half():
+        assert rank["mixed"] == pytest.approx(wanted, abs=1e-10)
+
+
+def shifted(model, ids, labels, mask):
+    """A mean over real tokens, whose labels were shifted where batches are made."""
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    return ax.Mean((each * mask).sum(), mask.sum())
+
+
+def said(env):
+    """Losses of a GPT-2 in four steps, one that is measured, and a text after it."""
+    tokens = ax.shard_sequence(env) if env.world > 1 else ax.identity
+    cut = ax.shard_stages(env, "transformer.h.1", 2)
+    tx = ax.chain(cut, tokens, ax.remat("transformer.h.*"), ax.shard_model(env))
+    state = ax.init(tx, gpt2, lambda m: torch.optim.AdamW(m.parameters(), 1e-2))
+    step, found = ax.step(tx, shifted), []
+    draw = torch.Generator().manual_seed(7)
+    for k in range(4):
+        ids = torch.randint(WORDS, (4, 9), generator=draw)
+        mask = (torch.arange(8) < torch.tensor([[8], [2 + k], [4], [3]])).long()
+        batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), mask
+        state, out = step(state, *batch)
+        found.append(float(out.loss))
+    found.append(float(ax.reduce(env, ax.measure(tx, shifted)(state, *batch)).value))
+    with ax.evaluating(state) as model:  # as long as a part was, but of whole rows
+        found.append(float(model(ids[:, :4], use_cache=False).logits.square().sum()))
+    return found
+
+
+def untold(env, **given):
+    """The loss of a model that never calls for attention, or what it raises."""
+    tokens = ax.shard_sequence(env, **given) if env.world > 1 else ax.identity
+    tx = ax.chain(ax.shard_stages(env, "last", 1), tokens, ax.shard_model(env))
+    torch.manual_seed(0)
+    state = ax.init(tx, Chain(), lambda m: torch.optim.SGD(m.parameters(), 0.1))
+    x = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(2))
+    try:
+        return float(
+            ax.step(tx, lambda model, x: model(x).square().mean())(state, x)[1].loss
+        )
+    except (ax.LossError, ax.CollectiveError) as error:
+        return str(error)
+
+
+def long(env):
+    """Stages whose ranks hold parts of the tokens."""
+    return said(env), untold(env), untold(env, allow="layers.*")
+
+
+def test_stages_of_ranks_with_a_part_of_the_tokens_each():
+    """Masks and positions are those of whole rows, in what is computed again, too."""
+    wanted = said(ax.Env())
+    assert abs(wanted[1] - wanted[0]) > 1e-3
+    for rank in in_half():
+        assert rank["long"][0] == pytest.approx(wanted, abs=1e-10)
+
+
+def test_attention_is_looked_for_in_all_stages():
+    """A model without is refused on every rank, unless a stage of it is vouched for."""
+    for rank in in_half():
+        _, refused, vouched = rank["long"]
+        assert "did not call" in refused
+        assert "allow=Chain" in refused
+        assert vouched == pytest.approx(untold(ax.Env()), abs=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import pickle
 
@@ -12,6 +13,7 @@ from hypothesis import given, strategies as st
 from accelx.env import connect, detect
 from accelx.env_axes import lay_out
 from accelx.env_device import Hardware, choose_backend, choose_device
+from accelx.env_rest import rest
 from accelx.errors import DetectError, PlacementError
 from accelx.records import Axis, Env
 
@@ -463,3 +465,34 @@ def test_one_process_opens_no_group(monkeypatch):
     assert (env.axes, env.backend) == ((Axis("data", 1),), None)
     assert not dist.is_initialized()
     assert dict(os.environ) == before
+
+
+def test_python_ends_after_threads_that_are_not_its_own():
+    """One that works, or waits for Python's lock, is waited for; one asleep is not."""
+    done, never = [], _thread.allocate_lock()
+    never.acquire()
+
+    def work():
+        for _ in range(1_000_000):
+            pass
+        done.append(True)
+        never.acquire()
+
+    _thread.start_new_thread(work, ())  # threading does not know of it
+    assert rest(60)
+    assert done
+    never.release()
+    pid = os.fork()
+    if not pid:
+        os._exit(not rest(60))
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_control_a_thread_that_never_rests_is_not_waited_for(tmp_path):
+    """After the limit; and where the kernel does not say, at once."""
+    (tmp_path / "77").mkdir()
+    (tmp_path / "77/status").write_text("State:\tR (running)\n")
+    assert not rest(0.02, tmp_path)
+    (tmp_path / "77/status").write_text("State:\tS (sleeping)\n")
+    assert rest(60, tmp_path)
+    assert rest(60, tmp_path / "none")

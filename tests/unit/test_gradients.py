@@ -1,11 +1,15 @@
 """What comes out of a loss: one mean, its aux, and rows that count or do not."""
 
+import copy
+
 import pytest
 import torch
 
 import accelx as ax
 from accelx import testing
 from accelx.gradients import read
+from accelx.gradients_read import as_total
+from accelx.rows import mark
 from tests.laws import training as t
 
 ENV = ax.Env()
@@ -88,3 +92,88 @@ def test_read_refuses_the_rest(wrong):
     """With what came and what to return."""
     with pytest.raises(ax.LossError, match=r"return loss|loss\.mean\(\)"):
         read(wrong)
+
+
+def test_read_says_where_the_loss_is():
+    """In a dict under its name; and of a complex number which part to take."""
+    one = torch.ones(())
+    with pytest.raises(ax.LossError, match=r'got dict; write `return out\["loss"\]`'):
+        read({"loss": one, "logits": one})
+    for wrong, look in ((one + 0j, read), (ax.Mean(one + 0j, 1), as_total)):
+        with pytest.raises(ax.LossError, match=r"got torch\.complex64; write loss\.re"):
+            look(wrong)
+
+
+def squares(kind):
+    """Losses of one kind each."""
+
+    def loss(model, batch):
+        each = model(batch).square().sum(1)
+        means = {"mean": each.mean(), "total": ax.Mean(each.sum(), len(each))}
+        return {**means, "aux": (means["mean"], each)}[kind]
+
+    return loss
+
+
+def ran(tx, loss, *, marked):
+    """Weights and reports of three steps on one rank."""
+    torch.manual_seed(0)
+    state = ax.init(
+        tx, torch.nn.Linear(3, 2), lambda m: torch.optim.SGD(m.parameters())
+    )
+    step, outs = ax.step(tx, loss), []
+    for _ in range(3):
+        batch = torch.randn(5, 3)
+        state, out = step(state, mark(batch, 5, 5) if marked else batch)
+        outs.append((float(out.loss), float(out.weight), out.stepped, out.skipped))
+    return state.model.weight.detach(), outs
+
+
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("kind", ["mean", "total", "aux"])
+def test_the_short_way_of_one_rank_is_the_long_one_to_the_bit(kind, marked):
+    """A pass that wraps the gradients and does nothing sends them the long way."""
+    long = ax.transform("look", backward=lambda grads: grads)
+    weight, outs = ran(ax.shard_model(ENV), squares(kind), marked=marked)
+    other, others = ran(
+        ax.chain(ax.shard_model(ENV), long), squares(kind), marked=marked
+    )
+    assert torch.equal(weight, other)
+    assert outs == others
+    control, _ = ran(long, lambda m, b: 2 * squares("mean")(m, b), marked=marked)
+    assert not torch.equal(weight, control)
+
+
+def test_a_loss_may_return_one_thing_after_another():
+    """A mean, a Mean, a mean again: each update is torch's own."""
+    tx, batch = ax.identity, torch.randn(4, 3)
+    kinds = iter(["mean", "total", "mean"])
+    state = ax.init(
+        tx, torch.nn.Linear(3, 2), lambda m: torch.optim.SGD(m.parameters())
+    )
+    model = copy.deepcopy(state.model)
+    optimizer = torch.optim.SGD(model.parameters())
+    step = ax.step(tx, lambda m, b: squares(next(kinds))(m, b))
+    for _ in range(3):
+        state, _ = step(state, batch)
+        squares("mean")(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.allclose(state.model.weight, model.weight, atol=1e-6)
+
+
+def test_a_report_that_a_pass_has_seen_is_not_written_into():
+    """What it kept says that no update was made yet."""
+    seen = []
+
+    def keep(state, out):
+        seen.append(out)
+        return state, out
+
+    tx = ax.transform("keep", before=keep)
+    state = ax.init(
+        tx, torch.nn.Linear(3, 2), lambda m: torch.optim.SGD(m.parameters())
+    )
+    _, out = ax.step(tx, squares("mean"))(state, torch.ones(4, 3))
+    assert out.stepped
+    assert not seen[0].stepped

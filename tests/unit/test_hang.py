@@ -2,11 +2,14 @@
 
 import json
 import mmap
+import os
+import signal
 import threading
 import time
 
 import attrs
 import pytest
+import torch
 
 from accelx import comm_hang, comm_site
 from accelx.comm_hang import Left, forget, leave, read
@@ -19,10 +22,11 @@ from accelx.comm_ring import (
     SLOTS,
     Operation,
     Ring,
-    forget_rings,
+    forget_ring,
     operations,
-    ring_of,
+    ring,
 )
+from accelx.comm_wire import Spec
 from accelx.doctors import door, hang
 from accelx.records import Env
 
@@ -216,9 +220,9 @@ def test_a_ring_goes_on_in_a_file():
 @pytest.fixture
 def group():
     """A ring as of an open group."""
-    forget_rings()
-    yield ring_of(None)
-    forget_rings()
+    forget_ring()
+    yield ring()
+    forget_ring()
 
 
 def test_a_quiet_rank_writes_its_stacks_once(tmp_path, group):
@@ -239,12 +243,32 @@ def test_a_quiet_rank_writes_its_stacks_once(tmp_path, group):
         assert file.read_text().count("in test_a_quiet_rank") == many
         work(group, 1)
     assert not read(tmp_path)[0].ended
-    forget_rings()
+    forget_ring()
     (one,) = read(tmp_path)
     assert (one.rank, one.world, one.ended, len(one.operations)) == (0, 2, True, 3)
     assert "accelx-hang" not in {thread.name for thread in threading.enumerate()}
     forget(tmp_path, range(1))
     assert read(tmp_path) == []
+
+
+def test_a_killed_process_leaves_what_it_was_in(tmp_path, group):
+    """kill -9 lets it write nothing more; the kernel has what it wrote."""
+    pid = os.fork()
+    if not pid:
+        try:
+            leave(ENV_MAIN, str(tmp_path), 60.0)
+            work(group, SLOTS)
+            group.begin(ENV, "gather", {"a": Spec(torch.float32, (2, 3), True), "b": 1})
+            os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    (one,) = read(tmp_path)
+    *each, last = one.operations
+    assert (one.pid, one.ended) == (pid, False)
+    assert {(op.name, op.state) for op in each} == {("reduce", ENDED)}
+    assert (last.number, last.name, last.state) == (SLOTS + 1, "gather", OPEN)
+    assert last.brings == "2 leaves, float32 (2, 3)"
 
 
 ENV_MAIN = Env(rank=0, world=2)

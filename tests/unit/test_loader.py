@@ -263,6 +263,15 @@ def test_spans_that_do_not_exist_are_refused():
         rows_at(Loader([], 4), 0)
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_start_beyond_the_stop_gives_no_batch(num_workers):
+    """A run that is further than it was asked to go has nothing to do; as range has."""
+    loader = DataLoader(torch.arange(8), 4, num_workers=num_workers)
+    assert list(ax.feed(ax.identity, loader, start=5, stop=2)) == []
+    assert list(ax.feed(ax.shard_loader(ax.Env()), loader, start=2, stop=2)) == []
+    assert len(list(ax.feed(ax.identity, loader, start=1, stop=2))) == 1
+
+
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_an_empty_dataset_has_no_batches(shuffle):
     """Its length is 0 and iterating it gives nothing."""
@@ -295,6 +304,7 @@ def test_what_a_dataset_raises_names_item_step_and_rank(num_workers):
     assert "no such picture" in said
     assert "while reading item 13" in said
     assert "step 2 on rank 0 of 2" in said
+    assert ("item 13 in worker 0 of 2" in said) == (num_workers == 2)
     found.close()
 
 
@@ -348,12 +358,15 @@ def test_a_worker_that_takes_too_long_is_an_error_and_ends():
 
 def test_two_loaders_at_once_do_not_meet():
     """Evaluating in the middle of training disturbs neither."""
-    train, other = Loader(Squares(8), 2, num_workers=1), Loader(Squares(6), 3)
-    seen = []
-    for batch in batches(train):
+    train = Loader(Squares(8), 2, num_workers=1)
+    seen, evaluated = [], []
+    for batch, workers in zip(batches(train), (0, 1, 0, 1), strict=True):
         seen.append(batch["x"][0].item())
-        assert [b["x"][0].item() for b in batches(other)] == [0, 9]
+        other = Loader(Squares(6), 3, num_workers=workers)
+        evaluated += [b["x"][0].item() for b in batches(other)]
     assert seen == [0, 4, 16, 36]
+    assert evaluated == [0, 9] * 4
+    assert not multiprocessing.active_children()
 
 
 def remember(worker):

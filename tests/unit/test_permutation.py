@@ -8,7 +8,7 @@ from math import factorial, sqrt
 
 import pytest
 import torch
-from hypothesis import example, given, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from accelx.errors import DataError
 from accelx.permutation import MAX, ORDER_VERSION, permute
@@ -89,6 +89,15 @@ def test_the_order_is_as_written_down(n, seed, epoch, data):
     at = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=5))
     found = permute(n, seed, abs(epoch), torch.tensor(at)).tolist()
     assert found == [reference(n, seed, abs(epoch), p) for p in at]
+
+
+@settings(max_examples=25)
+@given(st.integers(4097, 9000) | st.integers(4097, 70000), SEEDS, st.integers(0, 9))
+def test_an_epoch_at_once_is_the_one_in_parts(n, seed, epoch):
+    """However many positions are asked for, and so by whichever way they are found."""
+    parts = torch.arange(n).split(n // 20)
+    found = torch.cat([permute(n, seed, epoch, part) for part in parts])
+    assert torch.equal(order(n, seed, epoch), found)
 
 
 def test_golden_values():

@@ -42,8 +42,11 @@ def test_a_model_may_be_given_without_an_optimizer():
     with pytest.raises(ValueError, match="0 optimizers"):
         state.optim  # noqa: B018
     before = t.weights(state.model)
-    state, _out = ax.step(ax.identity, t.bare)(state, t.part(ENV, DATA[0]))
+    state, out = ax.grads(ax.identity, t.bare)(state, t.part(ENV, DATA[0]))
+    assert all(p.grad is not None for _, p in state.trained)
     assert t.same(before, t.weights(state.model))
+    with pytest.raises(ax.PlacementError, match=r"ax\.apply wants an optimizer"):
+        ax.apply(ax.identity)(state, out)
 
 
 def test_a_step_takes_any_arguments():

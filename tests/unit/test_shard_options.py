@@ -10,6 +10,8 @@ from accelx.engines.options import KINDS, PowerSGD, copies, laid_out, shards
 FLAT = ax.Env(world=4, axes=(ax.Axis("data", 4),))
 MESH = ax.Env(world=4, axes=(ax.Axis("replicate", 2), ax.Axis("shard", 2)))
 TURNED = ax.Env(world=4, axes=(ax.Axis("shard", 2), ax.Axis("replicate", 2)))
+LONG = ax.Env(world=8, axes=(*MESH.axes, ax.Axis("sequence", 2)))
+AHEAD = ax.Env(world=8, axes=(ax.Axis("sequence", 2), *MESH.axes))
 CUBE = ax.Env(world=4, axes=(*MESH.axes, ax.Axis("more", 1)))
 NAMED = {
     "FLAT": FLAT,
@@ -27,6 +29,8 @@ WRONG = [  # env, kind, options, what the error says
     (FLAT, "hsdp", {}, HYBRID),
     (TURNED, "hsdp", {}, r"\(shard=2, replicate=2\); write"),
     (CUBE, "hsdp", {}, r"more=1\); write"),
+    (AHEAD, "hsdp", {}, r'the outermost.*write.*"replicate=2,shard=-1,sequence=2"'),
+    (LONG, "hsdp", {"reshard_after_forward": 3}, r"cut in 4.*write 2 or 4"),
     (ax.Env(world=3), "hsdp", {}, r"ranks are \(none\); write.*replicate=1,shard=-1"),
     (FLAT, "ddp", {"unused": "maybe"}, r"unused=.*got 'maybe'; write"),
     (FLAT, "ddp", {"offload": True}, r"option of fsdp2 and hsdp and deepspeed.*'ddp'"),
@@ -66,6 +70,7 @@ def test_what_is_refused_says_what_came_and_what_to_write(env, kind, options, wa
     [
         (MESH, r'has \(replicate=2, shard=2\); write "hsdp"'),
         (TURNED, r"write ax.connect\(\) without axes"),
+        (LONG, r'sequence=2\); write "hsdp"'),
     ],
 )
 def test_fsdp2_refuses_two_axes(env, wanted):
@@ -170,4 +175,5 @@ def test_slices_times_copies_are_the_ranks():
     """Of each kind that has them."""
     assert (shards(FLAT, "fsdp2"), copies(FLAT, "fsdp2")) == (4, 1)
     assert (shards(MESH, "hsdp"), copies(MESH, "hsdp")) == (2, 2)
+    assert (shards(LONG, "hsdp"), copies(LONG, "hsdp")) == (4, 2)
     assert (shards(ax.Env(), "hsdp"), copies(ax.Env(), "hsdp")) == (1, 1)

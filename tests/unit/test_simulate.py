@@ -46,9 +46,9 @@ def adam(model):
     return torch.optim.AdamW(model.parameters(), 1e-3)
 
 
-def chains(kind, tensor=False):
+def chains(kind, tensor=False, **options):
     def chained(env):
-        place = ax.shard_model(env, kind, blocks="*")
+        place = ax.shard_model(env, kind, blocks="*", **options)
         plan = {"*.up": "column", "*.down": "row"}
         return ax.chain(place, ax.shard_tensors(env, plan)) if tensor else place
 
@@ -60,6 +60,8 @@ CASES = {  # name: (chain, world, axes)
     "hsdp": (chains("hsdp"), 64, "replicate=4,shard=16"),
     "tensor": (chains("ddp", tensor=True), 8, "tensor=8"),
     "both": (chains("fsdp2", tensor=True), 64, "shard=8,tensor=8"),
+    "ddp": (chains("ddp"), 64, None),
+    "half": (chains("ddp", hook="bf16"), 64, None),
 }
 
 
@@ -83,7 +85,7 @@ def test_weights_and_what_is_sent_follow_closed_forms():
     plans = found()
     count = DEEP * EACH
     for name, plan in plans.items():
-        slices = 16 if name == "hsdp" else plan.world
+        slices = {"hsdp": 16, "ddp": 1, "half": 1}.get(name, plan.world)
         assert plan.parameters == count
         assert plan.weights == plan.gradients == count * FLOAT // slices
         assert 2 * plan.weights <= plan.optimizer < 2 * plan.weights + 1000
@@ -105,6 +107,8 @@ def test_weights_and_what_is_sent_follow_closed_forms():
         "reduced, in slices": inside * 7 // 8,
         "reduced": sums,
     }
+    assert plans["ddp"].sent == {"reduced": 2 * whole * 63 // 64}
+    assert plans["half"].sent == {"reduced": whole * 63 // 64}
     assert "rank 0 of 64" in str(plans["both"])
 
 
@@ -120,15 +124,35 @@ def real(env):
     return weights, sum(m.nbytes for m in own)
 
 
-def two(env):
+def copies(env):
+    """The same of ddp; and what its buckets take, but for the loss that travels too."""
+    env, sizes = ax.connect(env), []
+    tx = chains("ddp")(env)
+    state = ax.init(tx, made, adam)
+
+    def reduce(_, bucket):
+        sizes.append(bucket.buffer().nbytes)
+        work = torch.distributed.all_reduce(bucket.buffer(), async_op=True)
+        return work.get_future().then(lambda done: done.value()[0] / env.world)
+
+    state.slots["shard_model"].handle.ddp.register_comm_hook(None, reduce)
+    state, _ = ax.step(tx, loss)(state, torch.zeros(ROWS, WIDTH))
+    weights = sum(p.nbytes for p in state.model.parameters())
+    moments = [m.nbytes for s in state.optim.state.values() for m in s.values()]
+    return weights, sum(moments), sum(sizes) - FLOAT
+
+
+def two(env, kind):
     rows = torch.zeros(ROWS, WIDTH)
-    plan = simulate(chains("fsdp2"), made, adam, loss, rows, world=2, rank=1)
-    return plan.weights, plan.optimizer
+    plan = simulate(chains(kind), made, adam, loss, rows, world=2, rank=1)
+    sent = (plan.sent["reduced"],) if kind == "ddp" else ()
+    return plan.weights, plan.optimizer, *sent
 
 
 def test_a_real_rank_holds_what_the_simulated_one_does():
-    """Weights and moments to the byte, on two ranks over gloo."""
-    assert run(2)(real)() == run(1)(two)() * 2
+    """Weights and moments to the byte, on two ranks over gloo; of ddp, what is sent."""
+    assert run(2)(real)() == run(1)(two)("fsdp2") * 2
+    assert run(2)(copies)() == run(1)(two)("ddp") * 2
 
 
 def test_activations_are_what_autograd_keeps():
@@ -144,7 +168,7 @@ def test_activations_are_what_autograd_keeps():
         loss(model, torch.zeros(ROWS, WIDTH))
     wanted = sum(size for at, size in kept.items() if at not in own)
     plans = found()
-    assert plans["fsdp2"].activations == wanted
+    assert plans["fsdp2"].activations == plans["ddp"].activations == wanted
     assert plans["tensor"].activations < wanted
 
 
@@ -157,17 +181,35 @@ def unplaced(env):
     return ax.identity
 
 
-def copied(env):
-    with pytest.raises(ax.PlacementError, match=r"weights in slices.* got 'ddp'"):
-        simulate(chains("ddp"), made, adam, loss, torch.zeros(1, WIDTH), world=8)
-    with pytest.raises(ax.PlacementError, match="got no shard_model"):
-        simulate(unplaced, made, adam, loss, torch.zeros(1, WIDTH), world=8)
+def staged(env):
+    return ax.chain(ax.shard_stages(env, "1", 2), ax.shard_model(env))
+
+
+def apart(env):
+    return ax.chain(ax.shard_model(env), ax.with_local_sgd(env, 2))
+
+
+REFUSED = {  # words of the error: (chain, axes)
+    "got no shard_model": (unplaced, None),
+    "got shard_stages": (staged, "stage=8"),
+    "got with_local_sgd": (apart, None),
+    "got hook='powersgd'": (chains("ddp", hook="powersgd"), None),
+    "got ranks that share rows": (chains("ddp"), "data=4,sequence=2"),
+}
+
+
+def refused(env):
+    for words, (chained, axes) in REFUSED.items():
+        with pytest.raises(ax.PlacementError, match=words):
+            simulate(
+                *(chained, made, adam, loss, torch.zeros(1, WIDTH)), world=8, axes=axes
+            )
     return torch.distributed.is_initialized()
 
 
-def test_copies_are_refused_with_what_they_would_take():
+def test_what_nothing_would_answer_is_refused():
     """And the group that was opened for it is closed again."""
-    assert run(1)(copied)() == [False]
+    assert run(1)(refused)() == [False]
 
 
 def test_an_open_group_is_left_alone():

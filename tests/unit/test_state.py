@@ -45,6 +45,20 @@ def test_no_field_of_a_spent_state_can_be_read(field):
         getattr(state, field)
 
 
+@pytest.mark.parametrize("made", [fresh, lambda: stepped(fresh(), made=True)])
+def test_no_field_can_be_written(made):
+    """Neither before it is spent nor after; it is a State and nothing else."""
+    state = made()
+    for _ in range(2):
+        assert type(state) is ax.State
+        with pytest.raises(attrs.exceptions.FrozenInstanceError):
+            state.step = 3
+        with pytest.raises(attrs.exceptions.FrozenInstanceError):
+            del state.slots
+        if state.spent is None:
+            spend(state, "a test")
+
+
 def test_a_name_that_never_was_is_an_attribute_error():
     """A slip of the pen is not a spent state."""
     with pytest.raises(AttributeError, match="no attribute 'modle'"):

@@ -301,6 +301,69 @@ CASES = {
         ValueError,
         ["'0.weight'", '"**": {}'],
     ),
+    "a criterion for a loss": (
+        lambda: take(nn.MSELoss()),
+        TypeError,
+        ["ax.step wants loss(model, *batch)", "MSELoss", "criterion(model(batch[0])"],
+    ),
+    "no function for a loss": (
+        lambda: ax.grads(ax.identity, 3),
+        TypeError,
+        ["ax.grads wants a function loss(model, *batch)", "got int", "def loss("],
+    ),
+    "an optimizer class": (
+        lambda: start(optim=SGD),
+        ax.PlacementError,
+        ["got the class SGD", "lambda m: SGD(m.parameters(), lr=...)"],
+    ),
+    "a step without an optimizer": (
+        lambda: ax.step(ax.identity, mean)(start(optim=None), torch.ones(4, 2)),
+        ax.PlacementError,
+        ["ax.step wants an optimizer", "lambda m: AdamW(", "ax.measure"],
+    ),
+    "a state of another chain": (
+        lambda: ax.step(ax.with_schedule(abs), mean)(start(), torch.ones(4, 2)),
+        ax.PlacementError,
+        ["wants a slot 'with_schedule'", "no slots", "another chain", "the same tx"],
+    ),
+    "a rate below zero": (
+        lambda: take(
+            mean, tx=ax.with_schedule(lambda step: 1 - step if step else -0.5)
+        ),
+        ValueError,
+        ["factor of at least 0", "got -0.5 for step 0", "max(0.0, ...)"],
+    ),
+    "a rate that is no number": (
+        lambda: take(mean, tx=ax.with_schedule(lambda step: float("nan"))),
+        ValueError,
+        ["got nan for step 0"],
+    ),
+    "a part of a run to warm up in": (
+        lambda: ax.warmup_cosine(0.1, 200),
+        ValueError,
+        ["counts updates", "warmup=0.1", "round(0.1 * 200)"],
+    ),
+    "rows for a measure": (
+        lambda: ax.measure(ax.identity, lambda m, x: m(x))(start(), torch.ones(4, 2)),
+        ax.LossError,
+        ["scalars", "shape (4, 1)", "ax.Mean(", "ax.gather_rows"],
+    ),
+    "a text for a measure": (
+        lambda: ax.measure(ax.identity, lambda m, x: "ok")(start(), torch.ones(4, 2)),
+        ax.LossError,
+        ["scalars", "got 'ok'"],
+    ),
+    "no seed": (lambda: ax.seed(ENV, None), ValueError, ["integer", "got None"]),
+    "batches in place of a loader": (
+        lambda: ax.feed(ax.identity, [torch.ones(4, 2)]),
+        ax.DataError,
+        ["batch size", "dataset list alone", "batch_size=None if each item"],
+    ),
+    "a generator in place of a loader": (
+        lambda: ax.feed(ax.identity, iter([torch.ones(4, 2)])),
+        ax.DataError,
+        ["got the list_iterator alone", "IterableDataset"],
+    ),
     "a batch cut over ranks that the model is not on": (
         lambda: take(mean, t.part(ax.Env(world=2), [torch.ones(4, 2)])[0]),
         ax.PlacementError,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import enum
-import warnings
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader, default_collate
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from accelx.data.collate import collated, quick
+from tests.unit.data.collating import facts, outcome
 
 Pair = collections.namedtuple("Pair", ["x", "y"])
 Level = enum.IntEnum("Level", "LOW HIGH")
@@ -78,37 +78,27 @@ def batches(draw, depth=2):
     return [tuple(row) if shape == "tuple" else row for row in rows]
 
 
-def facts(value):
-    """Everything about a batch that a program can see, to compare."""
-    if isinstance(value, Tensor):
-        odd = value.layout is not torch.strided or value.is_nested
-        memory = () if odd else (value.stride(), value.storage_offset())
-        bits = str(value) if odd else value.detach().resolve_conj().contiguous()
-        if not odd:
-            bits = bits.view(-1).view(torch.uint8).tolist() if bits.numel() else []
-        flags = value.requires_grad, value.device.type, value.is_conj()
-        return type(value), value.dtype, tuple(value.shape), memory, flags, bits
-    if isinstance(value, dict):
-        return type(value), [(key, facts(inner)) for key, inner in value.items()]
-    if isinstance(value, list | tuple):
-        return type(value), [facts(inner) for inner in value]
-    return type(value), repr(value)
-
-
-def outcome(collate, batch):
-    """What collating gives, or how it fails."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # arrays that torch may not write to
-            return facts(collate(batch))
-    except Exception as error:
-        return type(error), str(error)
-
-
 @given(batches())
 def test_any_batch_is_what_torch_makes_of_it(batch):
     """Types, dtypes, strides, bits; for ragged and unknown items torch's own error."""
     assert outcome(collated, batch) == outcome(default_collate, batch)
+
+
+KIND = st.sampled_from([lambda i: i, lambda i: i, lambda i: i / 3, bool, str])
+STRAY = (True, 1, 0.5, "a", None, 2**63, Level.LOW, np.float64(1.5))
+
+
+@given(st.lists(KIND, min_size=1, max_size=4), st.integers(0, 4), st.data())
+def test_long_rows_of_numbers(kinds, copies, data):
+    """Packed at once where all are of one kind and fit, else column by column."""
+    kinds, n = kinds * copies, data.draw(st.integers(1, 3))
+    batch = [[kind(i + j) for j, kind in enumerate(kinds)] for i in range(n)]
+    if kinds and data.draw(st.booleans()):
+        at = data.draw(st.integers(0, len(kinds) - 1))
+        batch[-1][at] = data.draw(st.sampled_from(STRAY))
+    for form in (list, tuple):
+        found = [form(row) for row in batch]
+        assert outcome(collated, found) == outcome(default_collate, found)
 
 
 @pytest.mark.parametrize("odd", ODD, ids=lambda one: type(one).__name__)

@@ -28,6 +28,14 @@ def test_modules_go_with_the_stage_under_way():
     assert found.of("") is None
 
 
+def test_a_list_in_one_stage_is_no_part():
+    """Its modules are, since it is not called itself."""
+    found = homes(t.made()(), ["head"])
+    first = dict.fromkeys(["embed", *(f"layers.{i}" for i in range(4))], 0)
+    assert found.units == {**first, "head": 1}
+    assert found.of("layers") is None
+
+
 def test_modules_that_ran_go_by_when_they_did():
     """A sample moves what is registered late; what did not run stays."""
     model = t.made()()
@@ -191,14 +199,10 @@ def test_it_prints_as_it_is_written():
 
 
 def test_what_is_not_put_together_is_refused_when_the_chain_is_made():
-    """Other cuts of a model, and ranks that train apart."""
+    """Ranks that train apart."""
     one = ax.shard_stages(ENV, "a", 2)
-    alone = ax.Env()
-    others = (ax.shard_experts(alone), ax.shard_sequence(alone))
-    others += (ax.with_local_sgd(ENV, 2),)
-    for other in others:
-        with pytest.raises(ax.OrderError, match="cannot be combined"):
-            ax.chain(one, other)
+    with pytest.raises(ax.OrderError, match="cannot be combined"):
+        ax.chain(one, ax.with_local_sgd(ENV, 2))
 
 
 def test_without_a_placed_model_there_are_no_stages():

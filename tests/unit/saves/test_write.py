@@ -1,5 +1,6 @@
 """What a rank writes: a file that safetensors reads, and an index of its bytes."""
 
+import itertools
 import re
 
 import pytest
@@ -9,12 +10,12 @@ import torch
 from hypothesis import given, strategies as st
 
 from accelx import storage
-from accelx.saves import write
+from accelx.saves import memory, write
 from accelx.saves.boxes import Box, whole
 from accelx.saves.dtypes import KINDS, NAMES
 from accelx.saves.lie import Lie
 from accelx.saves.manifest import Manifest, read_index, write_index
-from accelx.saves.memory import chunks, flat, inside
+from accelx.saves.memory import chunks, flat, inside, pieces
 from accelx.saves.plan import planned
 from accelx.saves.read import Want, fill
 from accelx.saves.strict import digest
@@ -95,14 +96,20 @@ def test_an_index_says_where_the_bytes_are(tmp_path):
     assert list(problems(store, manifest)) == []
 
 
-def test_large_slices_have_a_digest_each_chunk(tmp_path, monkeypatch):
-    """Of CHUNK bytes, the last one shorter; a changed byte is found in its own."""
+@pytest.mark.parametrize("block", [write.BLOCK, 100, 1 << 10, 7 << 10])
+def test_large_slices_have_a_digest_each_chunk(block, tmp_path, monkeypatch):
+    """Of CHUNK bytes, the last one shorter; a changed byte is found in its own.
+
+    Whatever blocks they are written in.
+    """
     monkeypatch.setattr(write, "CHUNK", 1 << 10)
+    monkeypatch.setattr(write, "BLOCK", block)
     tensors = {"a": torch.arange(700.0), "b": torch.arange(3)}
     store, manifest = stored(tmp_path, tensors)
     small = Manifest(**{f: getattr(manifest, f) for f in FIELDS}, chunk=1 << 10)
     index = open_index(store, small, 0, checked=True)
     assert [len(w.digests) for w in index.slices.values()] == [3, 1]
+    assert list(problems(store, small)) == []
     file = tmp_path / small.parts[0].file
     data = bytearray(file.read_bytes())
     at = index.header_size + 1500
@@ -111,6 +118,22 @@ def test_large_slices_have_a_digest_each_chunk(tmp_path, monkeypatch):
     (told,) = problems(store, small)
     low, high = map(int, re.search(r"those of a at (\d+) to (\d+)", told).groups())
     assert (low <= at < high, high - low) == (True, 1 << 10)
+
+
+def test_slices_of_whole_cache_lines_begin_at_one(tmp_path):
+    """Whatever lies between them in the order of the manifest."""
+    tensors = {"a": torch.ones(1), "b": torch.ones(64), "c": torch.ones(3)}
+    tensors |= {"d": torch.arange(32.0), "empty": torch.ones(0)}
+    store, manifest = stored(tmp_path, tensors)
+    slices = open_index(store, manifest, 0, checked=True).slices.values()
+    assert {w.size: w.offset % 64 == 0 for w in slices if w.size > 12} == {
+        256: True,
+        128: True,
+    }
+    for name, wanted in tensors.items():
+        out = torch.zeros_like(wanted)
+        fill(store, manifest, [Want(name, whole(wanted.shape), out)])
+        assert torch.equal(out, wanted)
 
 
 FIELDS = ("about", "parts", "layouts", "tensors", "aliases", "values", "base")
@@ -154,6 +177,28 @@ def test_rows_beyond_a_block_are_read_a_part_at_a_time(file_of_many, monkeypatch
     box, out = Box((0, 1, 0), (9, 2, 5)), torch.zeros(9, 1, 5)
     fill(store, manifest, [Want("a", box, out)])
     assert torch.equal(out, tensors["a"][:, 1:2])
+
+
+@pytest.mark.parametrize("at", [0, 1, 99, 100, 101])
+def test_pieces_are_cut_where_the_file_has_blocks(at):
+    """Each ends at a multiple of 100 of the file, or at the end; none is empty."""
+    data = memoryview(bytes(range(250)))
+    each = list(pieces(data, 100, at))
+    assert b"".join(each) == data
+    assert all(map(len, each))
+    ends = list(itertools.accumulate(map(len, each), initial=at))[1:-1]
+    assert ends == [n for n in range(at + 1, at + 250) if n % 100 == 0]
+
+
+def test_a_copy_is_whole_and_no_more(monkeypatch):
+    """Of several blocks and a rest, beside memory that stays as it is."""
+    monkeypatch.setattr(memory, "BLOCK", 100)
+    data = torch.arange(250).to(torch.uint8)
+    room = torch.full((270,), 255, dtype=torch.uint8)
+    memory.copy(data, room[10:260])
+    assert torch.equal(room[10:260], data)
+    assert room[:10].eq(255).all()
+    assert room[260:].eq(255).all()
 
 
 def test_bytes_of_a_view_are_those_that_it_shows():
