@@ -5,6 +5,9 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import attrs
 import pytest
@@ -220,3 +223,49 @@ def test_a_rank_killed_from_outside_is_reported_at_once(tmp_path):
     assert errors.startswith(f"rank {kept['rank']} on {HOST} failed: killed by SIGKILL")
     log = (tmp_path / f"rank-{kept['rank']}.log").read_text()
     assert kept["summary"] in log
+
+
+ROOM = 400 << 20  # bytes: two ranks without torch take less
+GROUPS = (  # where a control group can be made, and the name of its limit
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+    ("/sys/fs/cgroup", "memory.max"),
+)
+GREEDY = """    held = []
+    while True: held.append(b"x" * (16 << 20))
+"""
+
+
+@pytest.fixture
+def small_group():
+    """A control group of little memory, as containers have it."""
+    for root, limit in GROUPS:
+        path = Path(root) / f"accelx-test-{os.getpid()}"
+        try:
+            path.mkdir()
+        except OSError:  # no such mount, or not ours to write
+            continue
+        if (path / limit).exists():
+            (path / limit).write_text(str(ROOM))
+            yield path
+            path.rmdir()
+            return
+        path.rmdir()
+    pytest.skip("no control group with a limit of memory can be made here")
+
+
+def test_the_memory_killer_itself(small_group, tmp_path):
+    """The kernel ends a rank for want of memory, and the screen says that."""
+    script = tmp_path / "job.py"
+    script.write_text(f"{HEAD}def work():\n{GREEDY}{TAIL}")
+    entered = small_group / "cgroup.procs"
+    done = subprocess.run(
+        [sys.executable, "-m", "accelx.spawn", "-n", "2", script],
+        preexec_fn=lambda: entered.write_text(str(os.getpid())),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    said = r"failed: killed by the kernel: out of memory; peak 0\.\d GiB"
+    assert re.match(rf"rank 1 on {HOST} {said}", done.stderr), done.stderr
+    assert done.returncode == 137
