@@ -23,7 +23,8 @@ from accelx.simulate_wire import Kept, Sent, size_of
 
 __all__ = ["Simulated", "simulate"]
 GIB = 2**30
-APART = ("shard_stages", "with_local_sgd", "with_diloco")
+# ranks that train apart, other stages, and tokens that go where numbers say
+UNTOLD = ("shard_stages", "shard_experts", "with_local_sgd", "with_diloco")
 
 
 @attrs.frozen
@@ -102,7 +103,7 @@ def simulate(
 
 def _possible(tx: Transform) -> None:
     """Refuse what sends from C++ or from other libraries, which nothing answers."""
-    odd = [name for name in APART if tx.find(name) is not None]
+    odd = [name for name in UNTOLD if tx.find(name) is not None]
     got = odd[0] if odd else _unanswered(tx)
     if got is not None:
         raise PlacementError(
@@ -129,8 +130,8 @@ def _unanswered(tx: Transform) -> str | None:
 
 def _inside(tx: Transform) -> bool:
     """Whether ranks have parts of layers, which are not placed by DDP."""
-    cutting = map(tx.find, ("shard_tensors", "shard_experts"))
-    return any(spec is not None and spec.over.world > 1 for spec in cutting)
+    spec = tx.find("shard_tensors")
+    return spec is not None and spec.over.world > 1
 
 
 def _copied(tx: Transform) -> Transform | None:

@@ -185,6 +185,10 @@ def staged(env):
     return ax.chain(ax.shard_stages(env, "1", 2), ax.shard_model(env))
 
 
+def mixed(env):
+    return ax.chain(ax.shard_experts(env), ax.shard_model(env))
+
+
 def apart(env):
     return ax.chain(ax.shard_model(env), ax.with_local_sgd(env, 2))
 
@@ -192,6 +196,7 @@ def apart(env):
 REFUSED = {  # words of the error: (chain, axes)
     "got no shard_model": (unplaced, None),
     "got shard_stages": (staged, "stage=8"),
+    "got shard_experts": (mixed, "data=4,expert=2"),
     "got with_local_sgd": (apart, None),
     "got hook='powersgd'": (chains("ddp", hook="powersgd"), None),
     "got ranks that share rows": (chains("ddp"), "data=4,sequence=2"),
