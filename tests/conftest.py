@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -13,6 +14,11 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+
+# A shell ignores both in what it starts in the background, and so would all launchers
+# that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 # The same examples on every run, so that a red run is red again; no deadline, since a
 # test that depends on the machine's speed says nothing about the code.

@@ -43,6 +43,21 @@ class Record:
 RECORDS = {name: type(name.rpartition(".")[2], (Record,), {}) for name in KNOWN}
 
 
+def _member(of: Any, name: Any) -> Record:
+    """A member of an enumeration by name, as Python 3.11.0 to 3.11.3 pickle it."""
+    if of is not RECORDS[f"{METADATA}._MEM_FORMAT_ENCODING"]:
+        raise _refused(f"builtins.getattr of {of!r}")
+    return of(name)
+
+
+def _refused(full: str) -> CheckpointError:
+    return CheckpointError(
+        f"a .metadata wants classes of torch.distributed.checkpoint alone, got {full}, "
+        "which could run code; it was not imported. The folder is of another tool or "
+        "was tampered with: do not use it"
+    )
+
+
 class _Reader(pickle.Unpickler):
     """Builds records, and refuses every other name before it is imported."""
 
@@ -54,14 +69,12 @@ class _Reader(pickle.Unpickler):
             return tuple
         if full == "collections.OrderedDict":
             return dict
+        if full == "builtins.getattr":
+            return _member
         dtype = vars(torch).get(name) if module == "torch" else None
         if isinstance(dtype, torch.dtype):
             return dtype
-        raise CheckpointError(
-            f"a .metadata wants classes of torch.distributed.checkpoint alone, got "
-            f"{full}, which could run code; it was not imported. The folder is of "
-            "another tool or was tampered with: do not use it"
-        )
+        raise _refused(full)
 
 
 def unpickled(data: bytes, what: str) -> Any:

@@ -139,7 +139,8 @@ def storages():
     """Bytes of all storages that tensors have which are not frozen (by gc)."""
     gc.collect()
     kinds = (torch.Tensor, nn.Parameter)
-    found = [x.untyped_storage() for x in gc.get_objects() if type(x) in kinds]
+    dense = [x for x in gc.get_objects() if type(x) in kinds]
+    found = [x.untyped_storage() for x in dense if x.layout is torch.strided]
     held = {x.data_ptr(): x.nbytes() for x in found if x.device.type != "meta"}
     return sum(held.values())
 

@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -412,6 +413,35 @@ def test_a_metadata_file_runs_nothing(tmp_path, trust):
         ax.import_state(str(folder), str(tmp_path / "out"), make, trust=trust)
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "out").exists()
+
+
+class ByName:
+    """Is pickled as an attribute of something, as enumerations were once."""
+
+    def __init__(self, of, name):
+        self.of, self.name = of, name
+
+    def __reduce__(self):
+        return getattr, (self.of, self.name)
+
+
+def by_name(member, protocol):
+    return getattr, (type(member), member.name)
+
+
+def test_a_member_by_name_is_read_and_no_other_attribute(tmp_path, monkeypatch):
+    """Python 3.11.0 to 3.11.3 write memory formats so, and later ones a value."""
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", by_name)
+    dcp.save(make().state_dict(), checkpoint_id=tmp_path / "in")
+    meta = pickle.loads((tmp_path / "in/.metadata").read_bytes())
+    ax.import_state(str(tmp_path / "in"), str(tmp_path / "out"), trust=True)
+    found, wanted = written(tmp_path / "out"), make().state_dict()
+    assert {*found} == {f"model.{name}" for name in wanted}
+    assert all(torch.equal(found[f"model.{n}"], w) for n, w in wanted.items())
+    meta.planner_data = ByName(type(meta), "mro")
+    (tmp_path / "in/.metadata").write_bytes(pickle.dumps(meta))
+    with pytest.raises(ax.CheckpointError, match=r"getattr of .*Metadata"):
+        ax.import_state(str(tmp_path / "in"), str(tmp_path / "no"), trust=True)
 
 
 @pytest.mark.parametrize("trust", [False, True])

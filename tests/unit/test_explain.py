@@ -27,7 +27,8 @@ def test_each_pass_has_a_row_in_order():
 def test_a_row_says_when_how_neutral_and_with_what():
     """The arrows, the claim, and the settings as code."""
     rows = {row[0]: row for row in ax.explain(TX).rows}
-    assert rows["accumulate"] == ("accumulate", "backward", "yes", "accumulate(4)")
+    started = ("accumulate", "start, backward", "yes", "accumulate(4)")
+    assert rows["accumulate"] == started
     assert rows["clip"] == ("clip", "before", "no", "clip(1.0)")
     assert rows["with_precision"][1] == "place, start, forward"
     assert "blocks='layers.*'" in rows["shard_model"][3]
