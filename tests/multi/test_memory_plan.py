@@ -15,6 +15,7 @@ import torch.distributed.tensor.parallel
 from torch import nn
 
 import accelx as ax
+from accelx.env_rest import rest
 from accelx.simulate import simulate
 from accelx.testing import run
 from tests.laws import training as t
@@ -131,6 +132,7 @@ def test_a_rank_holds_what_the_plan_says(name):
     assert name == "ddp" or simulated()[name] == wanted
 
 
+SMALL = 200  # bytes of numbers that no report counts
 STAGES = {1: {}, 2: {}, 3: {"stage3_param_persistence_threshold": 0}}
 AWAY = {"offload_param": {"device": "cpu"}, **STAGES[3]}  # and the optimizer
 
@@ -169,7 +171,12 @@ def reported(env, state):
     """What a report says of each part; bytes of tensors that it does not count."""
     report = ax.memory_report(env, state)
     parts = {name: report.of(name) for name in {one.what for one in report.held}}
-    return parts, storages() - sum(parts.values())
+    for _ in range(20):  # gloo's threads let go of what they sent a little later
+        left = storages() - sum(parts.values())
+        if abs(left) < SMALL:
+            break
+        rest()
+    return parts, left
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is missing")
@@ -186,7 +193,7 @@ def test_zero_holds_what_its_stages_say():
             assert first["master weights"] == last["master weights"] == half
             assert half <= first["gradients"] <= WHOLE  # offloaded ones twice
             assert WHOLE <= last["optimizer state"] <= WHOLE + COUNTS
-            assert [left for _, left in reports] == pytest.approx([0, 0], abs=200)
+            assert [left for _, left in reports] == pytest.approx([0, 0], abs=SMALL)
 
 
 LARGE, BLOCKS, ROOM = 256, 24, 112 * MB  # 48 MiB of weights, 192 with all the rest
