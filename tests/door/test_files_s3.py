@@ -25,6 +25,7 @@ from accelx.data.files import from_files
 from accelx.data.formats import runs
 from accelx.rows import rows_of
 from accelx.testing import RankError, run
+from tests.door.test_spawn_ends import runs as living
 from tests.unit.data import written
 from tests.unit.data.written import plain
 
@@ -322,20 +323,11 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(folder, tmp_path):
     assert not alive(line["worker"] for line in every if "worker" in line)
 
 
-def lives(pid):
-    """Whether a process runs; one that ended may wait for a parent to ask for it."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
-
-
 def alive(workers):
     """Which processes live on; a worker looks for its rank every few seconds."""
     left, until = set(workers), time.monotonic() + 60
     while left and time.monotonic() < until:
-        left = {pid for pid in left if lives(pid)}
+        left = {pid for pid in left if living(pid)}
         time.sleep(0.1)
     return left
 

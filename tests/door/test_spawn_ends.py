@@ -17,8 +17,11 @@ HOST = socket.gethostname()
 
 def runs(pid):
     """Whether a process is there and is no zombie."""
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):  # also in between
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
 
 
 def gone(pids, seconds=5.0):

@@ -1,5 +1,6 @@
 """What of a job can be reached, read or left behind: nothing beyond this machine."""
 
+import contextlib
 import os
 import re
 import signal
@@ -65,7 +66,10 @@ def waiting(tmp_path):
 def parents(pid):
     """The numbers of all processes that this one has started, and theirs."""
     found = {pid}
-    stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat")]
+    stats = list[str]()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # has ended
+            stats.append(path.read_text())
     pairs = [(int(s.split()[0]), int(s.rpartition(")")[2].split()[1])) for s in stats]
     for _ in pairs:
         found |= {child for child, parent in pairs if parent in found}
