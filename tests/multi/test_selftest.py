@@ -35,7 +35,8 @@ def test_the_door_says_that_all_is_well():
     assert (data["ranks"], data["backend"]) == (2, "gloo")
     assert [row["check"] for row in data["checks"]] == list(checks.CHECKS)
     said = done.stderr.splitlines()
-    assert not [line for line in said if not line.startswith("[Gloo]")]  # torch 2.9
+    # torch 2.9 says of each rank how many it is connected to, at times in pieces
+    assert not [s for s in said if s and "[Gloo]" not in s and "peer ranks" not in s]
 
 
 def test_nothing_is_left_of_the_checkpoint():
