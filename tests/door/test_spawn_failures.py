@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import attrs
@@ -252,7 +253,7 @@ def small_group():
         try:
             if (path / limit).exists():
                 (path / limit).write_text(str(ROOM))
-                subprocess.run(["true"], preexec_fn=lambda: enter(path), check=True)
+                subprocess.run(["true"], preexec_fn=partial(enter, path), check=True)
                 yield path
                 return
         except (OSError, subprocess.SubprocessError):  # not ours to limit or to enter
@@ -268,7 +269,7 @@ def test_the_memory_killer_itself(small_group, tmp_path):
     script.write_text(f"{HEAD}def work():\n{GREEDY}{TAIL}")
     done = subprocess.run(
         [sys.executable, "-m", "accelx.spawn", "-n", "2", script],
-        preexec_fn=lambda: enter(small_group),
+        preexec_fn=partial(enter, small_group),
         capture_output=True,
         text=True,
         check=False,
