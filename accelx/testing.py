@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import io
 import os
 import selectors
@@ -14,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import attrs
@@ -47,6 +49,7 @@ class _Rank:
     rank: int
     pid: int
     pipe: int
+    stack: Path  # where a fault in native code writes the Python lines that led there
     sent: bytearray = attrs.field(factory=bytearray)
     status: int = 0  # as waitpid tells it
 
@@ -68,8 +71,8 @@ def run(
     def launch(fn: Callable[..., Any]) -> Callable[..., list[Any]]:
         def call(*args: Any) -> list[Any]:
             with tempfile.TemporaryDirectory(prefix="accelx-run-") as folder:
-                url = f"file://{folder}/store"
-                ranks = [_fork(r, n, url, axes, timeout, fn, args) for r in range(n)]
+                place = Path(folder)
+                ranks = [_fork(r, n, place, axes, timeout, fn, args) for r in range(n)]
                 return _results(ranks, _collect(ranks, timeout), timeout)
 
         return call
@@ -80,7 +83,7 @@ def run(
 def _fork(
     rank: int,
     world: int,
-    url: str,
+    folder: Path,
     axes: Axes | None,
     timeout: float,
     fn: Callable[..., Any],
@@ -89,15 +92,18 @@ def _fork(
     sys.stdout.flush()  # or the child would print the caller's buffer again
     sys.stderr.flush()
     read, write = os.pipe()
+    stack = folder / f"rank-{rank}.stack"
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
         os.close(read)
         _die_with(parent)
+        faulthandler.enable(stack.open("w"))  # which keeps the file open
+        url = f"file://{folder}/store"
         env = Env(rank, world, rank, world, launcher="testing", rendezvous=url)
         _child(env, axes, timeout, fn, args, write)
     os.close(write)
-    return _Rank(rank, pid, read)
+    return _Rank(rank, pid, read, stack)
 
 
 def _die_with(parent: int) -> None:
@@ -237,8 +243,7 @@ def _results(
     )
     died = [rank for rank in ranks if reports.get(rank.rank, rank) is None]
     if died:  # the cause: what the others raise is that it is gone
-        how = ", ".join(f"rank {rank.rank} {_ending(rank.status)}" for rank in died)
-        raise RankError(f"{how}, without a traceback\n{told}".rstrip())
+        raise RankError("\n".join(filter(None, [*map(_ending, died), told])))
     if failed:
         raise RankError(told)
     hung = [rank.rank for rank in ranks if rank.rank not in reports]
@@ -250,8 +255,9 @@ def _results(
     return [report.value for _, report in sorted(reports.items()) if report]
 
 
-def _ending(status: int) -> str:
-    code = os.waitstatus_to_exitcode(status)
-    if code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
-    return f"exited with code {code}"
+def _ending(rank: _Rank) -> str:
+    code = os.waitstatus_to_exitcode(rank.status)
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else ""
+    how = f"rank {rank.rank} {how or f'exited with code {code}'}"
+    stack = rank.stack.read_text() if rank.stack.exists() else ""
+    return f"{how}:\n{stack}" if stack else f"{how}, without a traceback"

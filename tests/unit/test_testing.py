@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 import signal
 import sys
 import time
@@ -74,6 +76,17 @@ def test_a_rank_that_dies_is_named_with_how():
         run(2)(fn)()
     with pytest.raises(RankError, match="rank 0 exited with code 7"):
         run(1)(lambda env: os._exit(7))()
+
+
+def test_a_fault_in_native_code_shows_the_lines_that_led_there():
+    """What faulthandler writes comes back with the rank, as a traceback does."""
+
+    def fn(env):
+        return ctypes.string_at(0) if env.rank == 1 else None
+
+    with pytest.raises(RankError, match=r"1 was killed by SIGSEGV:\nFatal") as told:
+        run(2)(fn)()
+    assert re.search(r'test_testing\.py", line \d+ in fn\n', str(told.value))
 
 
 def test_a_hang_ends_at_the_timeout_with_the_ranks_named():

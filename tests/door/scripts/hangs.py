@@ -21,7 +21,7 @@ def say(word):
 
 def read():
     """Code of the program's own, until it is let go."""
-    say("reading")
+    print("reading", flush=True)  # says
     while not Path(sys.argv[0]).with_name(f"{how}-on").exists():
         time.sleep(0.05)  # reads
 
