@@ -82,6 +82,16 @@ def ddp_before(ddp: Any, args: Any, kwargs: Any) -> Any:
     return ddp._pre_forward(*args, **kwargs)
 
 
+def in_backward() -> bool:
+    """Whether a backward pass is under way in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often something was written into a tensor."""
+    return tensor._version
+
+
 def ddp_finished(ddp: Any) -> None:
     """Raise, as the next forward would, if a bucket of gradients is not reduced."""
     ddp.reducer._rebuild_buckets()
@@ -131,6 +141,21 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if isinstance(m, FSDPModule)]
 
 
+def fsdp_slices(model: nn.Module) -> list[Any]:
+    """The weights in slices that FSDP modules gather and reduce."""
+    groups = [g for module in fsdp_modules(model) for g in _fsdp_groups(module)]
+    return [p.sharded_param for group in groups for p in group.fsdp_params]
+
+
+def _fsdp_groups(module: Any) -> list[Any]:
+    """What a module gathers at once."""
+    state = module._get_fsdp_state()
+    # 2.13 allows several groups a module; before, there was one or None
+    groups = getattr(state, "_fsdp_param_groups", None)
+    each = [state._fsdp_param_group] if groups is None else groups
+    return [group for group in each if group is not None]
+
+
 def fsdp_forget(model: nn.Module) -> None:
     """Make FSDP modules forget a forward or backward pass that was broken off."""
     root = model._get_fsdp_state()  # type: ignore[reportCallIssue]
@@ -139,11 +164,8 @@ def fsdp_forget(model: nn.Module) -> None:
         root._reset_iter_state()
     root._state_ctx.post_backward_final_callback_queued = False
     for module in fsdp_modules(model):
-        state = module._get_fsdp_state()
-        # 2.13 allows several groups a module; before, there was one or None
-        groups = getattr(state, "_fsdp_param_groups", None)
-        for group in [state._fsdp_param_group] if groups is None else groups:
-            for p in [] if group is None else group.fsdp_params:
+        for group in _fsdp_groups(module):
+            for p in group.fsdp_params:
                 p.unsharded_accumulated_grad = None
                 if hasattr(p, "_unsharded_param"):
                     p._unsharded_param.grad = None

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -101,3 +104,56 @@ def numberless() -> Any:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def identity(storage: Any) -> int:
+    """What tells a storage from all others that are alive."""
+    return storage._cdata
+
+
+def made(func: Any, result: Any, mode: Any) -> Iterator[Any]:
+    """Storages of a result that are new memory.
+
+    Left out is what an operation hands on of its arguments, and tensors of another
+    mode: DTensor tries an operation on those to learn its shape.
+    """
+    given = result if isinstance(result, tuple) else (result,)
+    for one, new in zip(given, _new(func), strict=False):
+        for tensor in one if isinstance(one, list) else (one,):  # type: ignore[reportUnknownVariableType]
+            own = new and isinstance(tensor, Tensor)
+            if own and getattr(tensor, "fake_mode", mode) is mode:
+                yield tensor.untyped_storage()
+
+
+@functools.cache
+def _new(func: Any) -> tuple[bool, ...]:
+    """Of each result of an operation, whether it is no view of an argument."""
+    return tuple(one.alias_info is None for one in func._schema.returns)
+
+
+def moved(func: Any, args: Any) -> Iterator[Any]:
+    """Storages that FSDP2 fills in place, where there are numbers: here it copies."""
+    if func.namespace == "fsdp" and "all_gather_copy_in" in name_of(func):
+        yield args[1].untyped_storage()
+
+
+def touched(tensor: Tensor) -> bool:
+    """Whether anything was written in place since it was made."""
+    return tensor._version > 0
+
+
+@contextmanager
+def resizing(told: Callable[[Any], None]) -> Generator[None]:
+    """Tell of each storage that is made larger or smaller: no operation says it."""
+    resize = torch.UntypedStorage.resize_
+
+    def resized(storage: Any, size: int) -> Any:
+        result = resize(storage, size)
+        told(storage)
+        return result
+
+    torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]

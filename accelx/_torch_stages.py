@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import nn, overrides
 
 
 def fake_mode() -> Any:
@@ -51,20 +51,43 @@ def around_call(module: nn.Module, around: Callable[..., Any]) -> None:
     module._compiled_call_impl = call
 
 
-def mode_aside(kind: type) -> Any:
+def keep_weights(module: nn.Module, made: Callable[[Any], Any]) -> None:
+    """Have a module keep its weights in what `made` makes of its dict of them."""
+    vars(module)["_parameters"] = made(module._parameters)
+
+
+class Aside:
     """A context without the innermost mode over torch's functions, if of a kind."""
-    from torch.overrides import _get_current_function_mode, _pop_mode_temporarily
 
-    ours = isinstance(_get_current_function_mode(), kind)
-    return _pop_mode_temporarily() if ours else nullcontext()
+    __slots__ = ("kind", "mode")
+
+    def __init__(self, kind: type) -> None:
+        self.kind, self.mode = kind, None
+
+    def __enter__(self) -> None:
+        if isinstance(overrides._get_current_function_mode(), self.kind):
+            self.mode = overrides._pop_mode()
+
+    def __exit__(self, *error: object) -> None:
+        if self.mode is not None:
+            overrides._push_mode(self.mode)
 
 
-def pipe_step(schedule: Any, n: int) -> None:
-    """Run a schedule of pipelining once, over `n` microbatches that it is not given."""
-    target = torch.zeros(n)  # it hands one on with each; there is nothing in it
-    known = inspect.signature(schedule.step).parameters
-    less = {"return_outputs": False} if "return_outputs" in known else {}
-    schedule.step(target=target, **less)
+def pipe_step(schedule: Any, n: int, last: bool) -> None:
+    """Run a schedule of pipelining once, over `n` microbatches that it is not given.
+
+    `last`: whether the last stage is here.
+    """
+    # It hands one on with each to the last stage; there is nothing in it.
+    target = torch.zeros(n) if last else None
+    schedule.step(target=target, **_less(type(schedule)))
+
+
+@functools.cache
+def _less(kind: Any) -> dict[str, bool]:
+    """Have a kind of schedule keep no outputs, where it can be told so."""
+    known = inspect.signature(kind.step).parameters
+    return {"return_outputs": False} if "return_outputs" in known else {}
 
 
 def fsdp_quiet(model: nn.Module) -> None:

@@ -19,7 +19,6 @@ from accelx.data import plan, walks
 from accelx.data.lengths import Lengths
 from accelx.data.mix import Mixture
 from accelx.data.orders import Among, Cycled, Drawn, Order, Seeded, Weighted
-from accelx.data.walks import Walk
 from accelx.errors import DataError
 
 
@@ -56,7 +55,11 @@ def _settings_of(source: DataLoader[Any]) -> dict[str, Any]:
         return {**fields, **cut, **_order(source, *cut.values())}
     _check_undivided(sampler)
     _check_lengths(sampler, source.dataset)
-    return {**fields, "batch_size": None, "walk": walks.by_batches(sampler)}
+    return {
+        **fields,
+        "batch_size": None,
+        "walk": walks.by_batches(sampler, source.dataset),
+    }
 
 
 def _check_lengths(sampler: Any, dataset: Any) -> None:
@@ -95,7 +98,9 @@ def _order(source: DataLoader[Any], batch_size: int, drop_last: bool) -> dict[st
     known = _known(sampler)
     if known is not None:
         return {"order": known}
-    return {"walk": _walked(sampler, batch_size, drop_last)}
+    _check_undivided(sampler)
+    walk = walks.by_indices(sampler, batch_size, drop_last, source.dataset)
+    return {"walk": walk}
 
 
 def _each_once(sampler: RandomSampler) -> bool:
@@ -140,11 +145,6 @@ def _weighted(sampler: WeightedRandomSampler) -> Weighted:
 def _brief(weights: Tensor) -> str:
     odd = weights[~((weights >= 0) & weights.isfinite())].tolist()[:3]
     return f"shape {tuple(weights.shape)} with {odd or 'only zeros'}"
-
-
-def _walked(sampler: Any, batch_size: int, drop_last: bool) -> Walk:
-    _check_undivided(sampler)
-    return walks.by_indices(sampler, batch_size, drop_last)
 
 
 def _check_undivided(sampler: Any) -> None:

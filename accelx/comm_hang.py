@@ -101,9 +101,11 @@ def forget(folder: Path, ranks: range) -> None:
 
 
 def _memory(path: Path, env: Env) -> mmap.mmap:
-    path.with_suffix(".flight.json").unlink(missing_ok=True)
-    with path.open("wb+") as file:
-        file.truncate(LENGTH)
+    for old in (path, path.with_suffix(".flight.json")):
+        old.unlink(missing_ok=True)  # cut, it would kill whoever still writes into it
+    with path.open("xb+") as file:
+        file.write(bytes(LENGTH))  # of a hole a full disk would tell by a SIGBUS
+        file.flush()
         memory = mmap.mmap(file.fileno(), LENGTH)
     WHO.pack_into(memory, 0, *_who(env, ended=False))
     return memory

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
 from accelx import tree
 from accelx.comm_trees import gather, gather_objects
@@ -23,12 +23,15 @@ def gather_rows(env: Env, values: T, batch: Any) -> T:
     `values` is a tree of tensors with one row a sample, and of lists with one entry a
     sample (texts, ragged tensors), as computed from a batch of `ax.feed`. A list of
     tensors that have all rows on every rank is a list of columns. Rows that only pad
-    are left out, so every sample comes once, in order, on every rank. Raises
-    DataError for a leaf with another number of rows, CollectiveError for trees that
-    differ over ranks.
+    are left out, so every sample comes once, in order, on every rank. Gradients flow
+    back to the rank of each row, as through `gather`. Raises DataError for a leaf with
+    another number of rows, and for one with gradients of a microbatch, which is not the
+    whole batch; CollectiveError for trees that differ over ranks.
     """
     marked, here = rows_of(batch), leading(batch)
     real = marked.rows if marked is not None else here
+    if marked is not None and not marked.padded:
+        here = max(1, marked.rows)  # its first tensor may be of other things than rows
     if real is None or here is None:
         raise DataError(
             f"gather_rows wants the batch that the values were computed from, got "
@@ -42,8 +45,21 @@ def gather_rows(env: Env, values: T, batch: Any) -> T:
         return id(node) in found
 
     flat = tree.flatten(values, listed)
+    if marked is not None and marked.cut:
+        _check_no_gradients(flat)
     joined = [_joined(env, path, leaf, real, here) for path, leaf in flat]
     return tree.unflatten(values, joined, listed)
+
+
+def _check_no_gradients(flat: list[tuple[str, Any]]) -> None:
+    for path, leaf in flat:
+        if isinstance(leaf, Tensor) and leaf.requires_grad and is_grad_enabled():
+            raise DataError(
+                "gather_rows wants the whole batch for a loss that compares its rows, "
+                f"got values{path} of a microbatch, whose rows would not see the "
+                "others; leave accumulate out (remat saves memory, too), or detach() "
+                "what is only reported"
+            )
 
 
 def _lists(env: Env, values: Any, here: int) -> set[int]:

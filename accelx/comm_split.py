@@ -18,9 +18,11 @@ def split(env: Env, items: Any, pad: bool = False) -> Any:
     """This rank's part of `items`, in order; `items` itself is untouched.
 
     `items` is a list, tuple, tensor (along dim 0), dict of these with equal lengths, or
-    map-style Dataset (gives a Subset). The first `len % world` ranks get one more. With
-    `pad` all get as many, by repeating a rank's last item, or the last of all where it
-    has none. No communication: every rank must bring the same items.
+    map-style Dataset (gives a Subset). Of m items rank r of w gets those from
+    `m * r // w` up to `m * (r + 1) // w`, as of a batch of `feed`: what is drawn for a
+    whole batch lies beside its rows. With `pad` all get as many, by repeating a rank's
+    last item, or the last of all where it has none. No communication: every rank must
+    bring the same items.
     Raises DataError for other types and for dicts of unequal lengths.
     """
     env = rows_env(env)
@@ -30,10 +32,8 @@ def split(env: Env, items: Any, pad: bool = False) -> Any:
 
 def share(count: int, world: int, rank: int, pad: bool = False) -> list[int]:
     """The indices of `count` items that are rank `rank`'s."""
-    each, more = divmod(count, world)
-    start = rank * each + min(rank, more)
-    own = list(range(start, start + each + (rank < more)))
-    if pad and count and more and rank >= more:
+    own = list(range(count * rank // world, count * (rank + 1) // world))
+    if pad and len(own) < -(-count // world):
         own.append(own[-1] if own else count - 1)
     return own
 

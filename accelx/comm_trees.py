@@ -42,7 +42,8 @@ def gather(env: Env, tree: Any) -> Any:
     Tensors are concatenated on dim 0; ranks may differ in that dim alone. A tensor of
     shape () counts as (1,), so it becomes (world,). Any other leaf becomes a list of
     the ranks' values. Lists are trees: one of strings gives a list of lists. One
-    process gets the same types. Results are new and carry no gradient.
+    process gets the same types. Results are new. Tensors that are part of a graph stay
+    so: backward, in which every rank takes part, adds up what ranks say of each row.
     Raises CollectiveError on every rank if the trees do not match.
     """
     env = rows_env(env)
@@ -63,8 +64,45 @@ def gather(env: Env, tree: Any) -> Any:
         ]
         for path, part in zip(tensors, zip(*parts, strict=True), strict=True):
             made[path] = _stacked(part)
+        _with_gradients(env, made, own, ranks)
     values = [made.get(p, [told[p] for told in ranks]) for p in here]
     return unflatten(tree, values)
+
+
+def _with_gradients(env: Env, made: Told, own: Told, ranks: list[Told]) -> None:
+    """Put into `made` again, with gradients, what is part of a graph."""
+    paths = [path for path in made if any(told[path].grad for told in ranks)]
+    if not paths:
+        return
+    _all_or_none(paths, ranks)
+    from accelx.comm_grad import carried  # it loads torch
+
+    starts = [
+        sum(
+            told[path].shape[0] if told[path].shape else 1 for told in ranks[: env.rank]
+        )
+        for path in paths
+    ]
+
+    def add(grad: Tensor) -> Tensor:
+        flat = _flat(env, grad, _wire_dtype(spec_of(grad), "sum"))
+        (total,) = _all_reduce(env, [flat], "SUM")
+        return _restored(env, total, grad, "sum")
+
+    whole = carried([made[p] for p in paths], starts, add, [own[p] for p in paths])
+    made.update(zip(paths, whole, strict=True))
+
+
+def _all_or_none(paths: list[str], ranks: list[Told]) -> None:
+    """Refuse what is part of a graph on some ranks alone: backward would wait."""
+    for path in paths:
+        texts = ["in a graph" if told[path].grad else "in none" for told in ranks]
+        if len(who := grouped(texts)) > 1:
+            says = ", ".join(f"{text} on {those}" for text, those in who.items())
+            raise CollectiveError(
+                f"gather wants gradients for tree{path} on every rank or on none, but "
+                f"it is {says}; detach() it where no gradient is wanted"
+            )
 
 
 def _stacked(parts: tuple[Tensor, ...]) -> Tensor:

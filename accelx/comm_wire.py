@@ -30,6 +30,7 @@ class Spec:
     dtype: torch.dtype
     shape: tuple[int, ...]
     cpu: bool
+    grad: bool = False  # whether it is part of a graph
 
     @property
     def bytes(self) -> int:
@@ -181,7 +182,11 @@ def wire_device(env: Env) -> str:
 
 def spec_of(tensor: Tensor) -> Spec:
     """What other ranks must know of `tensor`."""
-    return Spec(tensor.dtype, tuple(tensor.shape), tensor.device.type == "cpu")
+    import torch
+
+    cpu, grad = tensor.device.type == "cpu", tensor.requires_grad
+    grad = grad and torch.is_grad_enabled()
+    return Spec(tensor.dtype, tuple(tensor.shape), cpu, grad)
 
 
 def pack(env: Env, tensors: Sequence[Tensor], size: int) -> Tensor:

@@ -49,7 +49,8 @@ def cut(args: Args, n: int, ranks: int) -> list[Args]:
     if rows.padded:
         return _cut_padded(args, n, rows, length)
     if not rows.rows:
-        return [stamp(one, rows) for one in pieces(args, "", [1] * n, repeat=True)]
+        none = attrs.evolve(rows, cut=n > 1)
+        return [stamp(one, none) for one in pieces(args, "", [1] * n, repeat=True)]
     if rows.rows != length:
         raise DataError(
             f"the batch says that it has {rows.rows} rows here, but its tensors have "
@@ -59,11 +60,11 @@ def cut(args: Args, n: int, ranks: int) -> list[Args]:
     sizes = [base + (i < longer) for i in range(n)]
     full = [size for size in sizes if size]
     parts = [
-        stamp(one, Rows(size, rows.total))
+        stamp(one, Rows(size, rows.total, cut=n > 1))
         for one, size in zip(pieces(args, "", full), full, strict=True)
     ]
     if ranks > 1 and len(full) < n:
-        none = Rows(0, rows.total)
+        none = Rows(0, rows.total, cut=True)
         extra = pieces(args, "", [1] * length)[:1] * (n - len(full))
         parts += [stamp(pieces(one, "", [1])[0], none) for one in extra]
     return parts
@@ -80,7 +81,7 @@ def _cut_padded(args: Args, n: int, rows: Rows, length: int) -> list[Args]:
     parts = pieces(args, "", [size] * n)
     real = [min(max(rows.rows - i * size, 0), size) for i in range(n)]
     return [
-        stamp(one, Rows(here, rows.total, padded=True))
+        stamp(one, Rows(here, rows.total, padded=True, cut=n > 1))
         for one, here in zip(parts, real, strict=True)
     ]
 

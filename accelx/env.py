@@ -69,6 +69,8 @@ def connect(
         for part in (env, rows_env(env), sums_env(env)):
             if part.axes:
                 mesh(part)
+        if env.backend != "fake":  # of `simulate`, where no other rank is
+            _meet("/".join(f"{axis.name}={axis.size}" for axis in env.axes))
     return env
 
 
@@ -110,7 +112,7 @@ def _join(env: Env, backend: str, timeout: float | None) -> str | None:
     dist.init_process_group(
         backend, store=store, rank=env.rank, world_size=env.world, timeout=limit
     )
-    _meet(env)
+    _meet("connect")
     atexit.register(_leave, env)
     return backend
 
@@ -169,14 +171,19 @@ def _launcher_serves() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def _meet(env: Env) -> None:
-    """Wait until all are connected: one that leaves at once would break the others."""
+def _meet(where: str) -> None:
+    """Wait until all are connected: one that leaves at once would break the others.
+
+    torch does not: a group of gloo is made while others still answer its connections.
+    """
+    import torch.distributed as dist
+
     from accelx._torch import default_store
 
     store = default_store()
-    if store.add("accelx/met", 1) == env.world:
-        store.set("accelx/all-met", "1")
-    store.wait(["accelx/all-met"])
+    if store.add(f"accelx/met/{where}", 1) == dist.get_world_size():
+        store.set(f"accelx/all-met/{where}", "1")
+    store.wait([f"accelx/all-met/{where}"])
 
 
 @contextmanager

@@ -26,17 +26,17 @@ Read = Callable[[Any, list[int]], Any]  # a dataset, indices -> what is collated
 
 
 def fetcher(
-    dataset: Any, collate: Collate, batched: bool = False
+    dataset: Any, collate: Collate, batched: bool = False, walked: bool = False
 ) -> tuple[Unpack, Fetch]:
     """How to unpack a block of indices, and how to read the batch at one of its rows.
 
     Tensors in a TensorDataset are indexed whole, and columns of a `datasets.Dataset`
     are not cut into rows, both under Subsets too; other items are read one by one, or
     by the dataset's own `__getitems__`, as torch's DataLoader reads them. With
-    `batched` an item is a batch by itself.
+    `batched` an item is a batch by itself; a sampler that is `walked` may give keys.
     """
     collate = first(collate) if batched else quick(collate)
-    if type(dataset) is TensorDataset and collate is collated:
+    if type(dataset) is TensorDataset and collate is collated and not walked:
         columns = dataset.tensors
         if all(map(plain, columns)):
             if all(c.device.type == "cpu" for c in columns):
@@ -46,7 +46,7 @@ def fetcher(
             return Tensor.unbind, lambda at: [
                 c.index_select(0, at.to(c.device)) for c in columns
             ]
-    read, collate = _ways(dataset, collate)
+    read, collate = (each, collate) if batched else _ways(dataset, collate)
     if listeners(dataset):
         dataset = Noted(dataset, read)
         return Tensor.tolist, lambda at: collate(dataset.__getitems__(at))
@@ -100,6 +100,11 @@ def items(dataset: Any, indices: list[int]) -> list[Any]:
     many = getattr(dataset, "__getitems__", None)
     if many:
         return _one_each(dataset, _at_once(many, indices), indices)
+    return each(dataset, indices)
+
+
+def each(dataset: Any, indices: list[int]) -> list[Any]:
+    """The items at `indices` one by one: so torch reads those that are batches."""
     found, index = list[Any](), None
     try:
         for index in indices:
@@ -204,11 +209,12 @@ class Spans:
 
 
 def pool(
-    dataset: Any, collate: Collate, init: Init, **settings: Any
+    dataset: Any, collate: Collate, init: Init, batched: bool, **settings: Any
 ) -> tuple[DataLoader[Any], Spans]:
     """A torch DataLoader with workers, and the span its next iterator goes over."""
     spans = Spans()
-    read, collate = _ways(dataset, quick(collate))
+    ways = (each, first(collate)) if batched else _ways(dataset, quick(collate))
+    read, collate = ways
     workers: DataLoader[Any] = DataLoader(
         Noted(dataset, read),  # pyright: ignore[reportArgumentType]
         batch_sampler=spans,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import zlib
 from collections import deque
 from collections.abc import Iterator
 from time import perf_counter
@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from accelx import accept, fetch, prefetch, tree
+from accelx import accept, fetch, prefetch
 from accelx.comm_wire import exchange, grouped
 from accelx.cut import pieces
 from accelx.data import plan, stream
+from accelx.data.counted import odd
 from accelx.data.lengths import whole
 from accelx.data.mix import Mixture
 from accelx.data.orders import Order
+from accelx.data.span import span
 from accelx.data.stream import Stream
 from accelx.data.walks import Walk
-from accelx.errors import DataError, NeutralityWarning
+from accelx.errors import DataError
 from accelx.permutation import check_seed, key
 from accelx.records import Env, Transform, code
 from accelx.rows import Rows, Waited, leading, stamp
@@ -205,11 +207,12 @@ def batches(
     """
     if isinstance(loader, Stream):
         return stream.read(loader, start, stop, memory)
-    stop = _spans(loader, start, stop)
+    start, stop = _spans(loader, start, stop)
     if loader.num_workers and start < stop:
         passing = attrs.evolve(loader, persistent_workers=False)
         return by_workers(passing, *pool(passing, start), start, stop)
-    unpack, read = fetch.fetcher(loader.dataset, loader.collate, loader.batched)
+    ways = loader.dataset, loader.collate, loader.batched, loader.walk is not None
+    unpack, read = fetch.fetcher(*ways)
     marked = deque[Rows]()
     lists = plan.indices(loader, start, stop, unpack, marked)
     return _delivered(loader, map(read, lists), start, stop, marked)
@@ -221,8 +224,9 @@ def pool(loader: Loader, start: int) -> tuple[DataLoader[Any], fetch.Spans]:
     seeds.manual_seed(key(loader.seed, loader.rank, start) >> 1)
     return fetch.pool(
         loader.dataset,
-        fetch.first(loader.collate) if loader.batched else loader.collate,
+        loader.collate,
         loader.worker_init_fn,
+        loader.batched,
         generator=seeds,
         num_workers=loader.num_workers,
         timeout=loader.timeout,
@@ -246,12 +250,11 @@ def by_workers(
     return _delivered(loader, fetch.read(workers), start, stop, marked)
 
 
-def _spans(loader: Loader, start: int, stop: int | None) -> int:
-    """The step to stop at, after checking the span."""
-    if start < 0:
-        raise DataError(f"start must be at least 0, got {start}; count steps from 0")
+def _spans(loader: Loader, start: int, stop: int | None) -> tuple[int, int]:
+    """The steps to start and to stop at, after checking them."""
+    start, stop = span(start, stop)
     if stop is None:
-        return plan.end_of(loader, start)
+        return start, plan.end_of(loader, start)
     endless = loader.walk is not None and not loader.walk.told  # it may be
     if stop > start and not endless and not len(loader):
         raise DataError(
@@ -260,7 +263,8 @@ def _spans(loader: Loader, start: int, stop: int | None) -> int:
             f"drop_last={loader.drop_last}; give a dataset with items, or a smaller "
             "batch_size"
         )
-    return max(start, stop)  # a run that is beyond `stop` already has no step to make
+    # a run that is beyond `stop` already has no step to make
+    return start, max(start, stop)
 
 
 def _delivered(
@@ -281,7 +285,7 @@ def _delivered(
         for batch in prefetch.on_device(found, loader.device):
             waited.seconds += perf_counter() - began
             record = next(marks)
-            looked = looked or _odd(loader, batch, record, step)
+            looked = looked or odd(batch, record, step)
             yield stamp(batch, record)
             step += 1
             began = perf_counter()
@@ -295,32 +299,6 @@ def _delivered(
         where = f"rank {loader.rank} of {loader.world}"
         error.add_note(f"accelx: while getting the batch of step {step} on {where}")
         raise
-
-
-def _odd(loader: Loader, batch: Any, record: Rows, step: int) -> bool:
-    """Whether a batch has other rows than were read for it; warns of that."""
-    length = leading(batch)
-    if length is None or length == record.rows or loader.static_shapes:
-        return False
-    expected = max(1, record.rows)
-
-    def listed(node: Any) -> bool:
-        return isinstance(node, list) and len(node) == expected  # type: ignore[reportUnknownArgumentType]
-
-    for _, leaf in tree.flatten(batch, listed):
-        if isinstance(leaf, Tensor) and leaf.dim() and leaf.size(0) == expected:
-            return False
-        if listed(leaf):
-            return False
-    warnings.warn(
-        f"{expected} items were read for the batch of step {step}, but its "
-        f"first tensor has {length}. If collate_fn leaves items out, ranks weigh "
-        "rows wrongly: leave them out by a Subset or a sampler. If rows are not the "
-        "first dimension, or are joined into one, return an ax.Mean from the loss",
-        NeutralityWarning,
-        stacklevel=3,
-    )
-    return True
 
 
 def _part(loader: Loader, whole: Any, marked: deque[Rows]) -> Any:
@@ -350,7 +328,7 @@ def _compare(loader: Loader, start: int, stop: int) -> None:
     looked = 1 if loader.walk is None else 64  # steps; a sampler may be a rank's own
     last = min(stop, start + looked)  # a rank that reads nothing says so as well
     some = plan.indices(whole, start, last, Tensor.tolist, deque())
-    first = key(*(index for batch in some for index in batch))
+    first = key(*(_number(index) for batch in some for index in batch))
     size = (
         f"{len(loader.dataset)} items, batch_size={loader.batch_size}, "
         f"drop_last={loader.drop_last}"
@@ -364,6 +342,11 @@ def _compare(loader: Loader, start: int, stop: int) -> None:
             "feed wants the same data in the same order on each rank, which then reads "
             f"its rows, got {each}; make dataset, sampler, seed and start the same"
         )
+
+
+def _number(index: Any) -> int:
+    """An index, or a number that a key has on each rank."""
+    return index if isinstance(index, int) else zlib.crc32(repr(index).encode())
 
 
 def _content(dataset: Any) -> str:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from shutil import which
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from accelx.errors import PlacementError, UnusedParameterError
+from accelx.errors import MissingExtraError, PlacementError, UnusedParameterError
 from accelx.match import globs
 from accelx.saves.spread import elsewhere
+
+TOOLS = ("c++", "ninja")  # of which torch's builder of extensions makes use
+UNBUILT = ("failed to build/load", "Unable to JIT load")  # of DeepSpeed's errors
 
 
 def make(optim: Callable[[Any], Any] | None, model: nn.Module) -> tuple[Any, ...]:
@@ -30,12 +34,38 @@ def make(optim: Callable[[Any], Any] | None, model: nn.Module) -> tuple[Any, ...
             f"init wants a function of the placed model, got the class {optim.__name__}"
             f"; write `lambda m: {optim.__name__}(m.parameters(), lr=...)`"
         )
-    made = optim(model)
+    made = _called(optim, model)
     optimizers = tuple(made) if isinstance(made, list | tuple) else (made,)  # type: ignore[reportUnknownArgumentType]
     for one in optimizers:
         _check(one)
     _covers(optimizers, model)
     return optimizers
+
+
+def _called(optim: Callable[[Any], Any], model: nn.Module) -> Any:
+    """What the user's function makes; says so if it wanted a compiler that is none.
+
+    DeepSpeedCPUAdam and its like compile themselves, and their own error names no tool.
+    """
+    try:
+        return optim(model)
+    except ValueError as error:
+        if "empty parameter list" not in str(error) or not elsewhere(model):
+            raise
+        raise PlacementError(
+            "each stage of a model wants an optimizer, but nothing is trained in this "
+            "one, and the function picks what is trained; give it frozen weights too, "
+            "which stay as they are: `lambda m: AdamW(m.parameters(), ...)`"
+        ) from error
+    except RuntimeError as error:
+        missing = [tool for tool in TOOLS if which(tool) is None]
+        if not missing or not any(words in str(error) for words in UNBUILT):
+            raise
+        raise MissingExtraError(
+            f"this optimizer compiles itself when it is made, and wants "
+            f"{' and '.join(TOOLS)} on PATH, which has no {' and no '.join(missing)}; "
+            "install g++ and ninja, or make torch.optim.AdamW, which compiles nothing"
+        ) from error
 
 
 def _check(one: Any) -> None:

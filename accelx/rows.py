@@ -44,6 +44,8 @@ class Rows:
     padded: bool = False
     # of the loader's, the same for all its batches; says nothing about this batch
     waited: Waited | None = attrs.field(default=None, eq=False, repr=False)
+    # of a microbatch: the rows of others are not here
+    cut: bool = attrs.field(default=False, eq=False, repr=False)
 
 
 def mark(batch: B, rows: int, total: int) -> B:
@@ -111,7 +113,7 @@ def row_weights(batch: object) -> Tensor:
     are; the real rows are the first. A batch without a mark has real rows alone. With
     them a loss is right under padding:
     `ax.Mean((per_row * w).sum(), w.sum())`. Raises DataError without such a tensor, and
-    where the batch has fewer rows than it says.
+    where the batch has other rows than it says.
     """
     first, marked = _with_rows((batch,)), rows_of(batch)
     if first is None:
@@ -122,10 +124,12 @@ def row_weights(batch: object) -> Tensor:
         )
     length = first.size(0)
     real = length if marked is None else marked.rows
-    if real > length:
+    pads = marked is not None and (marked.padded or not marked.rows)
+    if real > length or (real < length and not pads):
         raise DataError(
             f"the batch says that it has {real} rows here, but its tensors have "
-            f"{length}; do not drop rows after ax.feed"
+            f"{length}; do not drop rows after ax.feed, and where collate_fn makes "
+            "several of an item, return their weights beside them"
         )
     return (torch.arange(length, device=first.device) < real).float()
 

@@ -19,7 +19,9 @@ from accelx.env_part import rows_env
 from accelx.errors import PlacementError
 from accelx.records import Env, Loss, Transform
 from accelx.run import init
+from accelx.simulate_live import Live
 from accelx.simulate_wire import Kept, Sent, size_of
+from accelx.state import State
 
 __all__ = ["Simulated", "simulate"]
 GIB = 2**30
@@ -38,6 +40,7 @@ class Simulated:
     gradients: int
     optimizer: int
     activations: int  # what one microbatch keeps for its backward pass
+    peak: int  # the most at a time, with what is gathered for a moment
     sent: Mapping[str, int]
 
     @property
@@ -46,7 +49,7 @@ class Simulated:
         return self.weights + self.gradients + self.optimizer + self.activations
 
     def __str__(self) -> str:
-        held = ("weights", "gradients", "optimizer", "activations", "total")
+        held = ("weights", "gradients", "optimizer", "activations", "total", "peak")
         lines = [
             f"{self.parameters / 1e9:.2f} B parameters, rank {self.rank} of "
             f"{self.world}; GiB on this rank, and sent by it in a step:"
@@ -159,9 +162,12 @@ def _simulated(
     own = [_torch_simulate.own_of(p) for p in state.model.parameters()]
     placed_on = gradients.env_of(state)
     inner = gradients.unreduced(tx, loss, engine_of(state), placed_on)
-    kept, sent = Kept(own), Sent()
-    with kept.hooks, sent:
+    kept, live = Kept(own), Live(mode)
+    with kept.hooks, live.resizing, Sent(live) as sent:
+        grown = [] if copy is None else _bucketed(state)
         state, _ = inner(state, args, rows_in(args, placed_on.world))
+    for p in grown:
+        p.grad = p.grad if _torch_simulate.touched(p.grad) else None
     grads = [p.grad for _, p in state.trained if p.grad is not None]
     own_grads = size_of([_torch_simulate.own_of(grad) for grad in grads])
     if copy is not None:
@@ -173,8 +179,17 @@ def _simulated(
         gradients=own_grads,
         optimizer=moments,
         activations=kept.total or 0,
+        peak=size_of(own) + moments + live.most,
         sent=dict(sent.bytes),
     )
+
+
+def _bucketed(state: State) -> list[Any]:
+    """Weights that have gradients before there are any, as DDP's buckets do."""
+    every = [p for _, p in state.trained]
+    for p in every:
+        p.grad = torch.zeros_like(p)
+    return every
 
 
 def _moments(optimizer: Any) -> int:

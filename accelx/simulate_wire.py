@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from accelx import _torch, _torch_simulate
+from accelx.simulate_live import Live
 
 
 def size_of(tensors: list[Tensor]) -> int:
@@ -20,11 +21,13 @@ class Sent(_torch.DispatchMode):
     """Counts bytes that this rank sends, where each collective goes round in a ring.
 
     Of n bytes that come together over g ranks a rank sends (g - 1) / g n, twice that in
-    a sum of which all get all (Thakur, Rabenseifner, Gropp 2005).
+    a sum of which all get all (Thakur, Rabenseifner, Gropp 2005). `live` is told of
+    each operation, too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, live: Live) -> None:
         super().__init__()
+        self.live = live
         self.bytes: Counter[str] = Counter()
         self.sliced = _torch_simulate.dtensor()
 
@@ -38,7 +41,9 @@ class Sent(_torch.DispatchMode):
         if found is not None:
             name, whole, ranks = found
             self.bytes[name] += whole * (ranks - 1) // ranks
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        self.live.made(func, args, result)
+        return result
 
 
 class Kept:
@@ -62,4 +67,5 @@ class Kept:
     def _unpack(self, tensor: Tensor) -> Tensor:
         if self.total is None:  # backward begins: gathered weights are gone again
             self.total = sum(storage.nbytes() for storage in self.storages)
+            self.storages.clear()  # each goes when the backward pass is through with it
         return tensor

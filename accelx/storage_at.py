@@ -14,6 +14,7 @@ from accelx.errors import MissingExtraError, StorageError
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # protocol -> extra
 SECRET = re.compile(r"key|secret|token|passw|credential|signature|sas|connection", re.I)
+SLIP = re.compile(r"[A-Za-z][\w+.-]+:/(?!/)")  # "s3:/bucket": no path, and no URL
 SHORT = 4  # characters: a shorter "secret" would blot out half of a text
 
 
@@ -33,12 +34,14 @@ def at(url: str | os.PathLike[str]) -> Store:
 
     A text without `protocol://` is a path of this machine. Raises MissingExtraError
     where the package of the protocol is not installed, ValueError where fsspec does not
-    know the protocol or the URL names no folder.
+    know the protocol, the URL names no folder, or one slash of it is missing.
     """
     import fsspec.core
     from fsspec.implementations.local import LocalFileSystem
 
     text = os.fspath(url)
+    if not text or SLIP.match(text):
+        raise _slipped(text)
     if text.startswith("file:///") or "://" not in text:
         path = Path(text.removeprefix("file://")).expanduser().absolute()
         path = os.path.normpath(path)
@@ -73,6 +76,18 @@ def at(url: str | os.PathLike[str]) -> Store:
             "more behind it; name the folder otherwise"
         )
     return Store(fs, root, False, shown)
+
+
+def _slipped(text: str) -> ValueError:
+    """Of a text that would name a folder of this machine which nobody meant."""
+    if not text:
+        return ValueError('a store wants a path or a URL, got ""; write "." for here')
+    protocol, _, path = text.partition(":/")
+    shown = printable(f"{protocol}://{'/' * (protocol == 'file')}{path}")
+    return ValueError(
+        f"a store wants two slashes behind the protocol, got {protocol}:/ and no more; "
+        f'write "{shown}", or put "./" before it for a folder of that name'
+    )
 
 
 def _missing(protocol: str, shown: str, error: ImportError) -> MissingExtraError:

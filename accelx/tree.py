@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from typing import Any, TypeGuard, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import attrs
 
@@ -19,7 +20,9 @@ IsLeaf = Callable[[Any], bool]
 
 def leaves(tree: Any, is_leaf: IsLeaf | None = None) -> list[Any]:
     """The leaves, in the order of their containers."""
-    return [leaf for _, leaf in flatten(tree, is_leaf)]
+    found = list[Any]()
+    _gather(tree, is_leaf, found)
+    return found
 
 
 def flatten(tree: Any, is_leaf: IsLeaf | None = None) -> list[tuple[str, Any]]:
@@ -41,76 +44,82 @@ def unflatten(like: T, values: Iterable[Any], is_leaf: IsLeaf | None = None) -> 
 
 def map_leaves(fn: Callable[[Any], Any], tree: T, is_leaf: IsLeaf | None = None) -> T:
     """The same tree with `fn(leaf)` for each leaf; the tree itself is untouched."""
-    children = None if is_leaf is not None and is_leaf(tree) else _children(tree)
-    if children is None:
+    inside = None if is_leaf is not None and is_leaf(tree) else _inside(tree)
+    if inside is None:
         return cast("T", fn(tree))
-    return _rebuilt(tree, [map_leaves(fn, child, is_leaf) for _, child in children])
+    return _rebuilt(tree, [map_leaves(fn, child, is_leaf) for child in inside])
 
 
 def children(tree: Any) -> bool:
     """Whether `tree` is a container with something in it."""
-    return bool(_children(tree))
+    return bool(_inside(tree))
+
+
+def _gather(tree: Any, is_leaf: IsLeaf | None, found: list[Any]) -> None:
+    inside = None if is_leaf is not None and is_leaf(tree) else _inside(tree)
+    if inside is None:
+        found.append(tree)
+        return
+    for child in inside:
+        _gather(child, is_leaf, found)
 
 
 def _walk(tree: Any, path: str, is_leaf: IsLeaf | None) -> Iterator[tuple[str, Any]]:
-    children = None if is_leaf is not None and is_leaf(tree) else _children(tree)
-    if children is None:
+    inside = None if is_leaf is not None and is_leaf(tree) else _inside(tree)
+    if inside is None:
         yield path, tree
         return
-    for key, child in children:
-        piece = f".{key}" if _has_fields(tree) else f"[{key!r}]"
-        yield from _walk(child, path + piece, is_leaf)
+    for key, child in zip(_keys(tree), inside, strict=True):
+        yield from _walk(child, path + key, is_leaf)
 
 
-def _children(tree: Any) -> list[tuple[Any, Any]] | None:
-    """The keys and values of a container; None for a leaf."""
-    if _is_mapping(tree):
-        return list(tree.items())
-    if _is_sequence(tree):
-        names = getattr(tree, "_fields", None)
-        return list(zip(names, tree, strict=True)) if names else list(enumerate(tree))
-    if _is_record(tree):
-        return [(name, getattr(tree, name)) for name in _names(tree)]
-    return None
+def _inside(tree: Any) -> list[Any] | tuple[Any, ...] | None:
+    """What a container holds; None for a leaf."""
+    form = _form(type(tree), tree.__class__)
+    if form is None:
+        return None
+    if form == "sequence":
+        return tree
+    if form == "mapping":
+        return list(tree.values())
+    return [getattr(tree, name) for name in _names(tree)]
 
 
-def _is_mapping(tree: Any) -> TypeGuard[Mapping[Any, Any]]:
-    return isinstance(tree, Mapping)
+def _keys(tree: Any) -> list[str]:
+    """What reaches each thing that a container holds, as code."""
+    form = _form(type(tree), tree.__class__)
+    if form == "mapping":
+        return [f"[{key!r}]" for key in tree]
+    names = _names(tree) if form == "record" else getattr(tree, "_fields", None)
+    if names:
+        return [f".{name}" for name in names]
+    return [f"[{i}]" for i in range(len(tree))]
 
 
-def _is_sequence(tree: Any) -> TypeGuard[list[Any] | tuple[Any, ...]]:
-    return isinstance(tree, (list, tuple))
-
-
-def _kind(tree: Any) -> Any:
-    return cast("Any", type(tree))
-
-
-def _is_record(tree: Any) -> bool:
-    kind = _kind(tree)
+@functools.lru_cache(maxsize=512)  # asked for each leaf, it would take 2 us
+def _form(kind: type, shown: type) -> str | None:
+    """What an instance of `kind` is, that gives itself out as a `shown`."""
+    if issubclass(kind, Mapping) or issubclass(shown, Mapping):
+        return "mapping"
+    if issubclass(kind, (list, tuple)) or issubclass(shown, (list, tuple)):
+        return "sequence"
     if issubclass(kind, type):
-        return False
-    return attrs.has(kind) or dataclasses.is_dataclass(kind)
-
-
-def _has_fields(tree: Any) -> bool:
-    if _is_mapping(tree):
-        return False
-    return hasattr(tree, "_fields") or _is_record(tree)
+        return None
+    return "record" if attrs.has(kind) or dataclasses.is_dataclass(kind) else None
 
 
 def _names(record: Any) -> list[str]:
-    kind = _kind(record)
+    kind = cast("Any", type(record))
     fields = attrs.fields(kind) if attrs.has(kind) else dataclasses.fields(kind)
     return [field.name for field in fields]
 
 
 def _rebuilt(tree: Any, values: list[Any]) -> Any:
-    if _is_mapping(tree):
-        return _rebuilt_mapping(tree, dict(zip(tree, values, strict=True)))
-    kind = _kind(tree)
+    kind = cast("Any", type(tree))
     if kind is list:
         return values
+    if _form(kind, tree.__class__) == "mapping":
+        return _rebuilt_mapping(tree, dict(zip(tree, values, strict=True)))
     if isinstance(tree, tuple):
         return getattr(kind, "_make", kind)(values)
     made = copy.copy(tree)
@@ -123,7 +132,7 @@ def _rebuilt(tree: Any, values: list[Any]) -> Any:
 
 
 def _rebuilt_mapping(tree: Mapping[Any, Any], pairs: dict[Any, Any]) -> Any:
-    kind = _kind(tree)
+    kind = cast("Any", type(tree))
     if kind is dict:
         return pairs
     if not isinstance(tree, MutableMapping):

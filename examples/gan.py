@@ -55,10 +55,11 @@ def fooled(maker, noise, critic):
 
 
 tx = ax.chain(ax.shard_loader(env, seed=0), ax.shard_model(env))
+free = ax.shard_model(env)  # the maker's rows come from no loader
 make = {"lr": 1e-3, "betas": (0.5, 0.9)}
-maker = ax.init(tx, lambda: network(NOISE, 2), lambda m: Adam(m.parameters(), **make))
+maker = ax.init(free, lambda: network(NOISE, 2), lambda m: Adam(m.parameters(), **make))
 critic = ax.init(tx, lambda: network(2, 1), lambda m: Adam(m.parameters(), **make))
-maker_step, critic_step = ax.step(tx, fooled), ax.step(tx, judged)
+maker_step, critic_step = ax.step(free, fooled), ax.step(tx, judged)
 
 dice = torch.Generator().manual_seed(0)  # the same on all ranks: each takes its rows
 

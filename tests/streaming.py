@@ -61,6 +61,30 @@ class Counting(IterableDataset):
         self.start = state["at"]
 
 
+class Buffered(Counting):
+    """Rows that pass through a buffer, which the state names as it stands."""
+
+    def __init__(self, n):
+        super().__init__(n)
+        self.buffer, self.loaded = [], []
+
+    def __iter__(self):
+        self.buffer, self.loaded = self.loaded, []
+        for i in super().__iter__():
+            self.buffer.append(i)
+            if len(self.buffer) == 3:
+                yield self.buffer.pop(0)
+        while self.buffer:
+            yield self.buffer.pop(0)
+
+    def state_dict(self):
+        return {"at": self.at, "buffer": self.buffer}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.loaded = state["buffer"]
+
+
 class Parted(IterableDataset):
     """Shards of given sizes, of which each reader gets every so many-th."""
 

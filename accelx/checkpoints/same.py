@@ -64,10 +64,11 @@ def other_bytes(
     from accelx.saves.read import Want, reader
 
     def numbers(read: Any, lot: Sequence[Block], side: int) -> list[Any]:
-        wants = [
-            Want(pair[side], box, torch.empty(box.shape, dtype=getattr(torch, dtype)))
-            for pair, box, dtype in lot
-        ]
+        wants = list[Any]()
+        for pair, box, dtype in lot:
+            kind = getattr(torch, dtype)
+            out = torch.empty(box.shape, dtype=kind, device="cpu")
+            wants.append(Want(pair[side], box, out))
         read(wants)
         return [flat(want.out) for want in wants]
 

@@ -77,7 +77,7 @@ def _cut(text: str) -> tuple[str, str]:
     folder, name = "/".join(parts[:at]), "/".join(parts[at:])
     if folder.endswith(":/"):  # memory://name
         folder += "/"
-    return ("/" if not folder and text.startswith("/") else folder), name
+    return folder or ("/" if text.startswith("/") else "."), name
 
 
 def _matching(store: storage.Store, pattern: str) -> dict[str, Any]:

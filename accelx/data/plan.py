@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from accelx.data.orders import Order, Own, Seeded
-from accelx.data.walks import Walk
+from accelx.data.walks import Walk, keyed
 from accelx.errors import DataError
 from accelx.permutation import key
 from accelx.rows import Rows, Waited
@@ -141,14 +141,18 @@ def _walked(
 ) -> Iterator[Any]:
     n, told = len(loader.dataset), bool(listeners(loader.dataset))
     for epoch, batch in walk.batches(seed_of(loader), start, stop):
-        if not batch or min(batch) < 0 or max(batch) >= n:
+        named = keyed(batch)  # which of them there are, the dataset alone knows
+        if not batch or (not named and (min(batch) < 0 or max(batch) >= n)):
             raise DataError(
                 f"{walk.name} wants to give indices of {n} items, got "
                 f"{batch[:5] or 'a batch without any'}; mend the sampler"
             )
         low, high = share(loader, len(batch))
-        marked.append(Rows(high - low, len(batch)))
-        (mine,) = unpack(torch.tensor([batch[low:high] or batch[:1]]))
+        if not loader.batched:  # of an item that is a batch nobody knows yet
+            marked.append(Rows(high - low, len(batch)))
+        mine: Any = batch[low:high] or batch[:1]
+        if not named:
+            (mine,) = unpack(torch.tensor([mine]))
         yield _asked(mine, epoch) if told else mine
 
 

@@ -10,12 +10,16 @@ from typing import Any
 from accelx import prefetch
 from accelx.data import stream_dispatch, stream_split
 from accelx.data.collate import quick
+from accelx.data.counted import odd
+from accelx.data.span import span
 from accelx.data.stream_accept import as_stream, streams
+from accelx.data.stream_asks import warn_of_parts
 from accelx.data.stream_parts import readers_of, remembers
 from accelx.data.stream_record import Spot, Stream
 from accelx.data.stream_share import Share, agree
 from accelx.data.stream_state import Reading
 from accelx.errors import DataError
+from accelx.fetch import keeps_rows
 from accelx.rows import Rows, stamp
 
 __all__ = ["Reading", "Stream", "as_stream", "guarantee_of", "read", "streams"]
@@ -38,8 +42,7 @@ def read(
     Effects: worker processes, which end with the iterator; collectives at each step, on
     the CPU, so that all ranks must ask equally often. Raises DataError.
     """
-    if start < 0:
-        raise DataError(f"start must be at least 0, got {start}; count steps from 0")
+    start, stop = span(start, stop)
     if stop is not None and stop <= start:
         return iter(())
     spot = Spot() if memory is None else memory.spot(stream, start)
@@ -69,6 +72,7 @@ def _shares(
     many = readers == stream.world and stream.batch_size is not None
     shares = stream_split.shares if many else stream_dispatch.shares
     agree(stream, readers, spot, start, stop)
+    warn_of_parts(stream, readers)
     while True:
         came = spot
         rest = shares(stream, spot, start - spot.step, memory is not None)
@@ -108,6 +112,7 @@ def _checked(found: Generator[Share], check: Check) -> Generator[Share]:
 def _delivered(stream: Stream, found: Generator[Share], start: int) -> Iterator[Any]:
     """Collated, moved and marked, with step and rank noted on what is raised."""
     step, marks, collate = start, deque[Rows](), quick(stream.collate)
+    looked = stream.batch_size is None or keeps_rows(stream.collate)
 
     def collated() -> Iterator[Any]:
         for share in found:
@@ -118,7 +123,9 @@ def _delivered(stream: Stream, found: Generator[Share], start: int) -> Iterator[
     try:
         with closing(found):
             for batch in prefetch.on_device(collated(), stream.device):
-                yield stamp(batch, marks.popleft())
+                record = marks.popleft()
+                looked = looked or odd(batch, record, step)
+                yield stamp(batch, record)
                 step += 1
     except Exception as error:
         where = f"rank {stream.rank} of {stream.world}"

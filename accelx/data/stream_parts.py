@@ -9,6 +9,7 @@ import copy
 import importlib.util
 import inspect
 import sys
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -125,9 +126,30 @@ def part_of(dataset: Any, reader: int, readers: int, epoch: int) -> Any:
         tell(dataset, epoch)
         part = dataset.split_by_rank(reader, readers)
     else:
-        part = copy.copy(dataset) if has_state(dataset) else dataset
+        part = _apart(dataset) if has_state(dataset) else dataset
     tell(part, epoch)
     return part
+
+
+def _apart(dataset: Any) -> Any:
+    """A copy whose lists and dicts are its own: it may fill them as it is read."""
+    own = copy.copy(dataset)
+    for name, value in list(getattr(own, "__dict__", {}).items()):
+        object.__setattr__(own, name, _own(value))
+    return own
+
+
+def _own(value: Any, deep: int = 2) -> Any:
+    """A container as a copy, and so containers in it, some levels down."""
+    if not isinstance(value, (list, dict, deque, set, bytearray)):
+        return value
+    own: Any = copy.copy(value)  # type: ignore[reportUnknownVariableType]
+    if deep and isinstance(own, dict):
+        own.update((k, _own(one, deep - 1)) for k, one in value.items())  # type: ignore[reportUnknownVariableType]
+    elif deep and isinstance(own, (list, deque)):
+        for i, one in enumerate(value):  # type: ignore[reportUnknownArgumentType]
+            own[i] = _own(one, deep - 1)
+    return own
 
 
 class Part(IterableDataset[Any]):

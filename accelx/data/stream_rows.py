@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import warnings
 from collections.abc import Callable
@@ -119,7 +120,7 @@ def reader(stream: Stream, spot: Spot, number: int, of: int, tracked: bool) -> R
 def _here(stream: Stream, spot: Spot, number: int, of: int, drawn: Lent) -> _Chunks:
     part = parts.part_of(stream.source, number, of, spot.epoch)
     if spot.state is not None:
-        part.load_state_dict(spot.state)
+        part.load_state_dict(copy.deepcopy(spot.state))
     with drawn.lent():
         rows = iter(part)
     size = _size(stream, number, of)
@@ -134,7 +135,8 @@ def _here(stream: Stream, spot: Spot, number: int, of: int, drawn: Lent) -> _Chu
         return found
 
     def state() -> Any:
-        return OVER if ended else part.state_dict()
+        # what it tells may be what it goes on to change, such as a list of rows
+        return OVER if ended else copy.deepcopy(part.state_dict())
 
     return _Chunks(
         following, state if parts.remembers(stream) else None, _closing(rows), drawn
@@ -196,10 +198,14 @@ def _batches(stream: Stream, spot: Spot, drawn: Lent) -> _Chunks:
     source: Any = stream.source
     parts.tell(source, spot.epoch)
     if spot.state is not None:
-        source.load_state_dict(spot.state)
+        source.load_state_dict(copy.deepcopy(spot.state))
     found = iter(source)
-    state = source.state_dict if parts.remembers(stream) else None
-    return _Chunks(lambda: [next(found)], state, _closing(found), drawn)
+
+    def state() -> Any:
+        return copy.deepcopy(source.state_dict())
+
+    told = state if parts.remembers(stream) else None
+    return _Chunks(lambda: [next(found)], told, _closing(found), drawn)
 
 
 def _closing(rows: Any) -> Callable[[], None]:

@@ -7,22 +7,19 @@ sampler draws, and putting them back.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import operator
-import random
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
-import torch
-from torch.utils.data import Sampler
 
+from accelx.data.afresh import afresh
 from accelx.data.lent import Lent
 from accelx.errors import DataError
 from accelx.permutation import key
 
+KEYS = (str, bytes, tuple, slice, list)  # by which a dataset may know its items
 AT_ONCE = 1024  # indices or batches that a sampler is asked for with generators lent
 _STREAM = 104  # names what a walk draws apart from what orders draw for the same seed
 
@@ -91,7 +88,7 @@ class Walk:
         )
 
 
-def by_batches(sampler: Any) -> Walk:
+def by_batches(sampler: Any, dataset: Any = None) -> Walk:
     """The walk over a batch sampler: `over(seed, epoch)` where it has that."""
     name = type(sampler).__name__
     if hasattr(sampler, "over"):
@@ -106,18 +103,20 @@ def by_batches(sampler: Any) -> Walk:
         return [_index(one, name) for one in batch]
 
     def walk(seed: int, epoch: int) -> Iterator[list[int]]:
-        return _steps(sampler, seed, epoch, taken)
+        return _steps(sampler, dataset, seed, epoch, taken)
 
     return _counted(sampler, walk, name, len)
 
 
-def by_indices(sampler: Any, batch_size: int, drop_last: bool) -> Walk:
+def by_indices(
+    sampler: Any, batch_size: int, drop_last: bool, dataset: Any = None
+) -> Walk:
     """The walk over a sampler of indices, cut into batches."""
 
     name = type(sampler).__name__
 
     def walk(seed: int, epoch: int) -> Iterator[list[int]]:
-        stream = _steps(sampler, seed, epoch, lambda one: _index(one, name))
+        stream = _steps(sampler, dataset, seed, epoch, lambda one: _index(one, name))
         while batch := list(itertools.islice(stream, batch_size)):
             if len(batch) == batch_size or not drop_last:
                 yield batch
@@ -148,22 +147,30 @@ def _counted(
     return Walk(walk, count, False, name, told=False)
 
 
-def _index(found: Any, name: str) -> int:
+def _index(found: Any, name: str) -> Any:
     try:
         return operator.index(found)
     except TypeError:
+        if isinstance(found, KEYS):
+            return list(found) if isinstance(found, list) else found  # type: ignore[reportUnknownVariableType]
         raise DataError(
-            f"{name} wants to give whole numbers as indices, got {found!r}; map "
-            "what it gives to items in the dataset, by index"
+            f"{name} wants to give whole numbers as indices, or keys that are texts, "
+            f"tuples, slices or lists, got {found!r}; map what it gives to items in "
+            "the dataset, by index"
         ) from None
 
 
+def keyed(batch: list[Any]) -> bool:
+    """Whether a batch names its items by something else than numbers."""
+    return any(issubclass(kind, KEYS) for kind in set(map(type, batch)))
+
+
 def _steps(
-    sampler: Any, seed: int, epoch: int, taken: Callable[[Any], Any]
+    sampler: Any, dataset: Any, seed: int, epoch: int, taken: Callable[[Any], Any]
 ) -> Iterator[Any]:
     """What the sampler gives in `epoch`, drawn from generators of its own."""
     start = key(_STREAM, seed, epoch) >> 1
-    own = _fresh(sampler, start, epoch)
+    own = afresh(sampler, start, epoch, dataset)
     drawn = Lent.of(start)
     with drawn.lent():
         iterator = iter(own)
@@ -175,47 +182,3 @@ def _steps(
         if len(found) < size:
             return
         size = min(2 * size, AT_ONCE)
-
-
-def _fresh(sampler: Any, start: int, epoch: int) -> Any:
-    """A copy for one walk, and of samplers inside it: the user's are not moved.
-
-    Generators that it holds, by whatever name, start from `start`; it is told `epoch`.
-    """
-    try:
-        own = copy.copy(sampler)
-    except TypeError as error:
-        raise DataError(
-            f"a sampler must be one that can be gone through again, got a "
-            f"{type(sampler).__name__} ({error}); give a list, or an object whose "
-            "__iter__ begins anew"
-        ) from None
-    for name, value in list(getattr(own, "__dict__", {}).items()):
-        if isinstance(value, Sampler):
-            made: Any = _fresh(value, start, epoch)
-        elif name == "generator" and value is None:
-            made = torch.Generator().manual_seed(start)
-        else:
-            made = _started(value, start)
-        if made is not None:
-            object.__setattr__(own, name, made)  # also where it is frozen
-    listen = getattr(own, "set_epoch", None)
-    if callable(listen):
-        listen(epoch)
-    elif isinstance(getattr(own, "__dict__", {}).get("epoch"), int):
-        object.__setattr__(own, "epoch", epoch)  # that it counts by itself
-    return own
-
-
-def _started(value: Any, start: int) -> Any:
-    """A generator of the same kind that starts from `start`; None for other values."""
-    if isinstance(value, torch.Generator):
-        return torch.Generator(value.device).manual_seed(start)
-    if type(value) is random.Random:
-        return random.Random(start)
-    numpy: Any = sys.modules.get("numpy")
-    if numpy is not None and isinstance(value, numpy.random.Generator):
-        return numpy.random.Generator(type(value.bit_generator)(start))
-    if numpy is not None and isinstance(value, numpy.random.RandomState):
-        return numpy.random.RandomState(start % 2**32)
-    return None

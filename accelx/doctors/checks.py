@@ -88,7 +88,7 @@ def _equal(env: Env, kind: str, micro: int) -> None:
     dtype = _dtype(env)
     judged = trace.judge(Env(), _build, STEPS, dtype)
     tol = TOLERANCE[dtype]
-    settings = Settings(STEPS, tol, dtype, None, 0.0)
+    settings = Settings(STEPS, tol, dtype, None, None, 0.0)
     layout = Layout(env.world, kind, micro)
     found = trace.partings(env, layout, _build, judged, settings)
     far = trace.firsts(found, tol)

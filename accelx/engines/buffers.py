@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from accelx._torch import version_of
 from accelx.comm_trees import gather_objects
 from accelx.engines.placed import across
 from accelx.errors import NeutralityWarning
@@ -36,6 +37,34 @@ def say_parted(state: State, env: Env) -> None:
             "process; reduce over ranks what goes into them, "
             'ax.reduce(env, x, "mean"), or keep them out of what the loss and the '
             "evaluation read",
+            NeutralityWarning,
+            stacklevel=2,
+        )
+
+
+def marks(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
+    """Each persistent buffer, and how often it was written into."""
+    return {name: (b, version_of(b)) for name, b in _kept(model)}
+
+
+def say_cut(model: nn.Module, before: dict[str, tuple[Tensor, int]], n: int) -> None:
+    """Warn of buffers that each of `n` microbatches has changed, where one should.
+
+    `before`: the `marks` from before the first of them.
+    """
+    now = marks(model)
+    names = [
+        name
+        for name, (buffer, version) in before.items()
+        if name in now and (now[name][0] is not buffer or now[name][1] != version)
+    ]
+    if names:
+        warnings.warn(
+            f"forward changes {', '.join(names[:5])}, and accumulate({n}) runs it {n} "
+            "times a step, on parts of the rows, so no number made of them is that of "
+            "a whole batch: spectral_norm, for one, goes on more quickly to the same "
+            "norm. Leave accumulate out, or keep them out of what the loss reads "
+            "(weight_norm has none)",
             NeutralityWarning,
             stacklevel=2,
         )

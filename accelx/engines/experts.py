@@ -26,6 +26,7 @@ from accelx.records import Env
 if TYPE_CHECKING:
     from accelx.engines.placed import Plan
 
+PLACED = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 GIVEN = 3  # tokens, the experts of each, their weights
 DEALT = "_accelx_dealt"  # on a module whose experts are dealt out
 
@@ -47,10 +48,7 @@ def chosen(model: nn.Module, selector: Selector, ranks: int) -> dict[str, nn.Mod
 
     Those of another stage than this rank's are left out.
     """
-    if selector == "auto":
-        found = {n: m for n, m in model.named_modules() if _of_transformers(m)}
-    else:
-        found = dict(select(model, selector))
+    found = known(model) if selector == "auto" else dict(select(model, selector))
     if not found:
         raise PlacementError(
             f'shard_experts(env, "auto") knows the experts of transformers, and '
@@ -63,9 +61,24 @@ def chosen(model: nn.Module, selector: Selector, ranks: int) -> dict[str, nn.Mod
     return found
 
 
+def known(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of transformers that hold experts and take what is routed to them."""
+    return {n: m for n, m in model.named_modules() if _of_transformers(m)}
+
+
 def _of_transformers(module: nn.Module) -> bool:
     ours = type(module).__module__.startswith("transformers.")
-    return ours and type(module).__name__.endswith("Experts")
+    return ours and type(module).__name__.endswith("Experts") and _routed(module)
+
+
+def _routed(module: nn.Module) -> bool:
+    return len(_takes(module)) >= GIVEN
+
+
+def _takes(module: nn.Module) -> list[str]:
+    """What `forward` is given by position, by name."""
+    known = signature(module.forward).parameters.values()
+    return [one.name for one in known if one.kind in PLACED]
 
 
 def _fits(name: str, module: nn.Module, ranks: int) -> None:
@@ -78,9 +91,8 @@ def _fits(name: str, module: nn.Module, ranks: int) -> None:
             f"module in it with weights, got {shapes}; stack the experts' weights "
             "along dim 0"
         )
-    takes = [p for p in signature(module.forward).parameters.values() if _given(p)]
-    if len(takes) < GIVEN:
-        shown = ", ".join(p.name for p in takes)
+    if not _routed(module):
+        shown = ", ".join(_takes(module))
         raise PlacementError(
             f"shard_experts wants forward(tokens, index, weights) of {name}, a "
             f"{type(module).__name__}, got forward({shown}); select the modules that "
@@ -93,13 +105,6 @@ def _fits(name: str, module: nn.Module, ranks: int) -> None:
             "which do not divide them; take a number of ranks that does: "
             'connect(axes="data=-1,expert=2")'
         )
-
-
-def _given(parameter: Parameter) -> bool:
-    return parameter.kind in (
-        Parameter.POSITIONAL_ONLY,
-        Parameter.POSITIONAL_OR_KEYWORD,
-    )
 
 
 def split(model: nn.Module, plan: Plan) -> list[nn.Module]:

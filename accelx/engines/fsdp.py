@@ -281,10 +281,18 @@ def _shardable(model: nn.Module, plan: Plan) -> None:
     named = [(n, p) for n, p in model.named_parameters() if p not in kept]
     scalars = [n for n, p in named if p.dim() == 0]
     if scalars:
+        cut = plan.tensors is not None or plan.experts is not None
+        rest = f', or use "ddp", or leave it whole: ignored={scalars[0]!r}'
         raise PlacementError(
-            f"{plan.kind} slices weights along their first dimension, but "
-            f"{', '.join(scalars)} has none; write torch.zeros(1) instead of "
-            f'torch.zeros(()), or use "ddp", or leave it whole: ignored={scalars[0]!r}'
+            f"{'a cut model' if cut else plan.kind} slices weights along their first "
+            f"dimension, but {', '.join(scalars)} has none; write torch.zeros(1) "
+            f"instead of torch.zeros(()){'' if cut else rest}"
+        )
+    empty = [n for n, p in named if p.requires_grad and not p.numel()]
+    if empty:
+        raise PlacementError(
+            f"slices want numbers in the weights that are trained, but {empty[0]} has "
+            f"none; leave it out of the model, or whole: ignored={empty[0]!r}"
         )
     for name, block in select(model, plan.blocks):
         if type(block).forward is nn.Module.forward:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from accelx import _torch, comm
 from accelx.engines import experts, placed, plain, tensors, whole
+from accelx.engines.fsdp_read import Reads
 from accelx.engines.placed import Placed
-from accelx.errors import PlacementError, UnusedParameterError
+from accelx.errors import UnusedParameterError
 
 if TYPE_CHECKING:
     from accelx.state import State
@@ -37,6 +38,7 @@ class Laid:
     wire: torch.dtype | None  # in which gradients travel; None for their own
     counted: tensors.Counted | None = None  # where weights do not all lie alike
     experts: Experts | None = None
+    reads: Reads = attrs.field(factory=Reads)
 
     def rest(self) -> None:
         """Let go of what was gathered: weights are slices again."""
@@ -46,7 +48,13 @@ class Laid:
 
 def backward(state: State, loss: Tensor, scale: float) -> None:
     """FSDP2 takes the mean over ranks: times their number it is the sum."""
-    plain.backward(state, loss, scale * state.slots["shard_model"].env.world)
+    here: Placed = state.slots["shard_model"]
+    reads: Reads = here.handle.reads
+    if reads.looked:
+        plain.backward(state, loss, scale * here.env.world)
+        return
+    with reads.refused(state):
+        plain.backward(state, loss, scale * here.env.world)
 
 
 def settle(state: State, scale: Tensor | float) -> None:
@@ -97,17 +105,7 @@ def update(state: State) -> None:
     """Step the optimizers over slices, also where a forward has gathered since."""
     # a model that was evaluated before apply would go on with the weights from before
     state.slots["shard_model"].rest()
-    try:
-        plain.update(state)
-    except RuntimeError as error:
-        if "placement" not in str(error):
-            raise
-        kinds = ", ".join(type(o).__name__ for o in state.optimizers)
-        raise PlacementError(
-            f"{kinds} wants whole weights, which a step of its own writes in ways that "
-            f"slices do not take, got those of {state.slots['shard_model'].engine.name}"
-            '; write shard_model(env, "ddp"), or another optimizer, such as AdamW'
-        ) from error
+    tensors.update(state)
 
 
 def clip(state: State, limit: float | None) -> Tensor:

@@ -84,13 +84,23 @@ def _wrap(module: nn.Module, leaf: str, around: Around) -> None:
     setattr(module, leaf, MethodType(wrapped, module))
 
 
+_MIXED = (  # of slices and whole tensors, or of slices in place of their numbers
+    "mixed torch.Tensor and DTensor",
+    "got <class 'torch.distributed.tensor.DTensor'>",
+)
+
+
 def say_sliced(error: BaseException) -> None:
     """Add to torch's errors of weights that are slices, or gone, what to write."""
-    if "mixed torch.Tensor and DTensor" in str(error):
+    if any(words in str(error) for words in _MIXED):
         error.add_note(
             "a module was called, or a weight used, outside of the model's forward, "
             "which gathers its weights, and found slices; call the model itself, or "
-            'name the method that does: shard_model(env, "fsdp2", methods="generate")'
+            'name the method that does: shard_model(env, "fsdp2", methods="generate"). '
+            "A penalty on weights is the optimizer's weight_decay, or a pass: "
+            'ax.transform("name", before=...). Logits that stay cut ("loss" in a plan) '
+            "are for cross_entropy without label_smoothing: for others write "
+            '"column_gather"'
         )
     if "setStorage" in str(error) and "storage of size 0" in str(error):
         error.add_note(

@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from accelx import _torch, dtypes
+from accelx import _torch, dtypes, tree
 from accelx.engines import copies, hooks, methods, placed, plain
 from accelx.engines.options import Options
 from accelx.engines.placed import Placed, Plan
@@ -39,6 +39,7 @@ class Seen:
     called: bool = False
     inside: str = ""  # "forward" or "method"; kept only where there are methods
     synced: bool = False  # whether a reduction has been made
+    ready: bool = False  # whether the last call of the model was with gradients
 
 
 class _Carrying(nn.Module):
@@ -149,14 +150,19 @@ def _around(
     # A deep copy of the model, as users make for an average, shares these hooks, and is
     # none of DDP's business.
     def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if module is not model or seen.inside:
+        if module is not model or seen.inside or _recomputed(seen):
             return args, kwargs
         seen.called, seen.inside = True, "forward" if names else ""
+        seen.ready = torch.is_grad_enabled()
         return _naming(result, _torch.ddp_before, ddp, args, kwargs)
 
     def behind(module: nn.Module, args: Any, output: Any) -> Any:
         if module is not model or (names and seen.inside != "forward"):
             return output
+        if _recomputed(seen):
+            return output
+        if result.unused == "allow":
+            output = _off_leaves(output)
         return _naming(result, _torch.ddp_behind, ddp, output)
 
     model.register_forward_pre_hook(before, with_kwargs=True)
@@ -169,9 +175,11 @@ def _around(
             seen.inside = ""
 
     def around(method: Any, args: Any, kwargs: Any) -> Any:
-        if seen.inside:  # called by forward, or by another of them
+        # called by forward, or by another of them, or again
+        if seen.inside or _recomputed(seen):
             return method(*args, **kwargs)
         seen.called, seen.inside = True, "method"
+        seen.ready = torch.is_grad_enabled()
         try:
             args, kwargs = _naming(result, _torch.ddp_before, ddp, args, kwargs)
             output = method(*args, **kwargs)
@@ -181,6 +189,31 @@ def _around(
 
     model.register_forward_hook(leave, always_call=True)  # also where forward raised
     methods.wrap(model, names, around)
+
+
+def _recomputed(seen: Seen) -> bool:
+    """Whether a backward pass computes the model again, which DDP has seen already."""
+    if not _torch.in_backward():
+        return False
+    if torch.is_grad_enabled() and not seen.ready:
+        raise PlacementError(
+            "ddp wants to see the model's forward with gradients, but it ran without, "
+            "and now runs again inside the backward pass, as checkpoint(..., "
+            "use_reentrant=True) has it; write use_reentrant=False, or put "
+            'remat("layers.*") into the chain'
+        )
+    return True
+
+
+def _off_leaves(output: Any) -> Any:
+    """The output without a weight as it is: DDP would count it as one left unused."""
+
+    def bare(leaf: Any) -> bool:
+        return isinstance(leaf, nn.Parameter) and leaf.requires_grad
+
+    if not any(bare(leaf) for leaf in tree.leaves(output)):
+        return output
+    return tree.map_leaves(lambda x: x.view_as(x) if bare(x) else x, output)
 
 
 def _no_fork(state: State) -> State:

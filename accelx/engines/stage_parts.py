@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from accelx.cut import Args, divisors, pieces
+from accelx.cut import Args, pieces
 from accelx.errors import DataError
 from accelx.rows import Rows, leading, stamp
 
@@ -28,7 +28,7 @@ def microbatches(
             f"the batch says that it has {rows.rows} rows here, but its tensors have "
             f"{length}; do not add or drop rows after ax.feed"
         )
-    groups = next((d for d in divisors(length) if d >= n), length)
+    groups = next((d for d in range(n, length) if not length % d), length)
     size = length // groups
     parts = [
         stamp(part, Rows(min(max(rows.rows - i * size, 0), size), *_rest(rows)))

@@ -55,13 +55,14 @@ class Pipe:
     schedule: Any
     stages: tuple[_Stage, ...]
     n: int  # microbatches
+    last: bool  # whether the last stage is here
 
     def run(self, work: Work) -> None:
         """Forward and backward of all microbatches; gradients are added up."""
         for stage in self.stages:
             stage.work, stage.number = work, 0
         try:
-            _torch_stages.pipe_step(self.schedule, self.n)
+            _torch_stages.pipe_step(self.schedule, self.n, self.last)
         finally:
             for stage in self.stages:
                 stage.work = None
@@ -95,8 +96,8 @@ def pipe(
     ]
     made: Any = get_schedule_class(SCHEDULES[schedule])
     of = stages[0] if schedule in SINGLE else stages
-    run = made(of, n, loss_fn=lambda output, _: output.sum(), scale_grads=False)
-    return Pipe(run, modules, n)
+    run = made(of, n, loss_fn=lambda output, _: output, scale_grads=False)
+    return Pipe(run, modules, n, count - 1 in ours)
 
 
 def _likes(route: Route, stage: int, count: int) -> tuple[Tensor, ...]:
@@ -104,7 +105,7 @@ def _likes(route: Route, stage: int, count: int) -> tuple[Tensor, ...]:
     if stage < 0:
         return ()
     if stage == count - 1:
-        return (torch.empty(1, device="meta", requires_grad=True),)
+        return (torch.empty((), device="meta", requires_grad=True),)
     return tuple(
         torch.empty(
             like.shape,

@@ -52,15 +52,20 @@ class Way:
 
     now: Any = None  # with `part` and `model`, as Trace has them
     outside: Callable[..., Any] = lambda call, *args, **kwargs: call(*args, **kwargs)
+    in_loss: bool = False  # in a loss, and not in the model that it calls
 
 
 def guide(model: nn.Module, homes: Homes, way: Way) -> None:
     """Lead calls of `model` and of its parts by `way`. Copies are not affected."""
 
     def root(call: Any, *args: Any, **kwargs: Any) -> Any:
-        if way.now is None:
-            return way.outside(call, *args, **kwargs)
-        return way.now.model(call, args, kwargs)
+        before, way.in_loss = way.in_loss, False
+        try:
+            if way.now is None:
+                return way.outside(call, *args, **kwargs)
+            return way.now.model(call, args, kwargs)
+        finally:
+            way.in_loss = before
 
     def part(name: str) -> Callable[..., Any]:
         def around(call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -99,6 +104,7 @@ class Sketch:
     model: nn.Module
     homes: Homes
     way: Way
+    mode: Any  # which makes its tensors
 
 
 def sketched(
@@ -124,7 +130,7 @@ def sketched(
         for b in module.buffers(recurse=False):
             if ours or b.is_meta:
                 memo.setdefault(id(b), shape(b, False))
-    sketch = Sketch(copy.deepcopy(model, memo), homes, Way())
+    sketch = Sketch(copy.deepcopy(model, memo), homes, Way(), mode)
     guide(sketch.model, homes, sketch.way)
     return sketch
 
@@ -135,7 +141,7 @@ def route(sketch: Sketch, call: Callable[[nn.Module], Any], device: str) -> Rout
     Nothing is computed that depends on a weight. Raises LossError where the model is
     not called once, PlacementError where it cannot be cut so.
     """
-    trace, before = Trace(sketch.homes), now(device)
+    trace, before = Trace(sketch.homes, sketch.mode), now(device)
     try:
         with torch.no_grad(), _Written(), led(sketch.way, trace):
             call(sketch.model)
@@ -220,6 +226,7 @@ class Trace:
     """A run on shapes that notes what each part returns, and what crosses."""
 
     homes: Homes
+    mode: Any  # which makes tensors of a shape and no numbers
     called: bool = False
     reached: int = 0  # the stage that the run is in
     returned: dict[str, list[Any]] = attrs.field(factory=dict)
@@ -247,9 +254,30 @@ class Trace:
                 "modules in split"
             )
         given = tree.leaves((args, kwargs))
-        result = call(*args, **kwargs)
-        self.returned.setdefault(name, []).append(_noted(name, result, given))
+        noted, result = self._noted(call(*args, **kwargs), given)
+        self.returned.setdefault(name, []).append(noted)
         return result
+
+    def _noted(self, result: Any, given: list[Any]) -> tuple[Any, Any]:
+        """What a part returned, with leaves that were given to it as such; for use.
+
+        What no weight made, such as a mask, has numbers in its own stage alone, too.
+        """
+        places = {id(leaf): i for i, leaf in enumerate(given)}
+
+        def bare(leaf: Any) -> Any:
+            own = isinstance(leaf, Tensor) and id(leaf) not in places
+            if not own or _torch_stages.is_fake(leaf):
+                return leaf
+            with self.mode:
+                return torch.empty_like(leaf, requires_grad=False)
+
+        def one(leaf: Any) -> Any:
+            mine = isinstance(leaf, Tensor) and id(leaf) in places
+            return From(places[id(leaf)]) if mine else leaf
+
+        result = tree.map_leaves(bare, result)
+        return tree.map_leaves(one, result), result
 
     def _last(self) -> str:
         return self.homes.starts[self.reached - 1] if self.reached else "the start"
@@ -300,21 +328,3 @@ def once(called: bool, kwargs: Any) -> None:
             "calls it again; join both inputs into one call (torch.cat), or leave "
             "shard_stages out"
         )
-
-
-def _noted(name: str, result: Any, given: list[Any]) -> Any:
-    """What a part returned, with leaves that were given to it as such."""
-    places = {id(leaf): i for i, leaf in enumerate(given) if isinstance(leaf, Tensor)}
-
-    def one(leaf: Any) -> Any:
-        if id(leaf) in places:
-            return From(places[id(leaf)])
-        if isinstance(leaf, Tensor) and not _torch_stages.is_fake(leaf):
-            raise PlacementError(
-                f"{name} returns a tensor of shape {tuple(leaf.shape)} that no weight "
-                "made, which only its stage would have; make it in the forward of the "
-                "module around it"
-            )
-        return leaf
-
-    return tree.map_leaves(one, result)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from accelx.engines.experts import chosen
+from accelx.engines.experts import chosen, known
 from accelx.engines.placed import Plan
 from accelx.engines.stage_route import Sketch
 from accelx.engines.tensor_plans import styles
@@ -24,10 +24,12 @@ def shape(sketch: Sketch, plan: Plan) -> None:
     """
     if plan.tensors is not None:
         _positions(sketch, plan.tensors.plan, plan.tensors.over.world)
-    if plan.experts is not None:
-        dealt = chosen(sketch.model, plan.experts.experts, plan.experts.over.world)
-        for module in dealt.values():  # which tokens go where is asked of numbers
-            vars(module)["forward"] = _as_given
+    if plan.experts is None:
+        found = known(sketch.model)
+    else:
+        found = chosen(sketch.model, plan.experts.experts, plan.experts.over.world)
+    for module in found.values():  # which tokens go where is asked of numbers
+        vars(module)["forward"] = _as_given
 
 
 def _as_given(tokens: Tensor, index: Tensor, weights: Tensor) -> Tensor:

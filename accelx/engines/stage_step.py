@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +20,9 @@ from accelx.engines.placed import Placed
 from accelx.engines.stage_homes import owner
 from accelx.engines.stage_parts import legal, microbatches
 from accelx.engines.stage_pipe import HALVES, Pipe, pipe
-from accelx.engines.stage_route import Route, Through, led, route
+from accelx.engines.stage_route import Route, Through, route
 from accelx.engines.stage_walk import Walk, stand_ins
+from accelx.env_device import kind_of
 from accelx.env_part import rows_env
 from accelx.errors import CollectiveError, DataError, LossError
 from accelx.records import Engine, Env, Loss, Mean, Out
@@ -42,6 +42,14 @@ Weigh = Callable[[Any, Any, Args, Rows, int], tuple[Tensor, float, Out]]
 Inner = Callable[[Any, Args, Rows], tuple[Any, Out]]
 
 
+@attrs.define(eq=False)
+class Met:
+    """What the ranks of a pipeline last told one another of their gradients."""
+
+    missing: float = 0.0  # weights without one, of one rank alone
+    lacking: tuple[float, ...] = ()  # for each tied weight, how many ranks have none
+
+
 def stages_of(state: State) -> Stages:
     """The stages that the model of `state` is cut into."""
     return state.slots["shard_model"].stages
@@ -59,7 +67,8 @@ def through(loss: Loss, weigh: Weigh) -> Inner:
         ran = way(stages, loss, parts[0])
         if _gathers(here):
             _torch_stages.fsdp_quiet(state.model)
-        job = _Job(state, stages, ran[0], loss, weigh, parts)
+        ranks = rows_env(here.env).world
+        job = _Job(state, stages, ran[0], loss, weigh, parts, ranks, here.env.world)
         _pipe(stages, ran, len(parts), state).run(job.work)
         return state, _told(stages, job)
 
@@ -148,6 +157,8 @@ class _Job:
     loss: Loss
     weigh: Weigh
     parts: list[Args]
+    ranks: int  # with rows of their own, of the `world` that have the same stages
+    world: int
     outs: list[Out] = attrs.field(factory=list)
     failure: Exception | None = None
 
@@ -163,16 +174,21 @@ class _Job:
             except Exception as error:  # told to all stages, which would wait for ever
                 self.failure = error
         if last:
-            return torch.zeros(1, requires_grad=True, device=self.stages.env.device)
+            return torch.zeros((), requires_grad=True, device=self.stages.env.device)
         return tuple(
             one.requires_grad_(one.is_floating_point())
             for one in stand_ins(self.route, stage, self.stages.env.device)
         )
 
     def _walked(self, walk: Walk, part: Args) -> Any:
-        result = None
-        with led(self.stages.way, walk), contextlib.suppress(Through):
+        result, way = None, self.stages.way
+        before, way.now = way.now, walk  # as `led` does, which takes 2 us
+        try:
             result = self.loss(self.state.model, *part)
+        except Through:
+            pass
+        finally:
+            way.now = before
         if not walk.called:
             raise LossError(
                 "the loss wants to call the model once a microbatch, but for one it "
@@ -181,9 +197,7 @@ class _Job:
         return result
 
     def _loss(self, result: Any, part: Args) -> Tensor:
-        here: Placed = self.state.slots["shard_model"]
-        ranks = rows_env(here.env).world
-        rows, share = rows_in(part, ranks), here.env.world // ranks
+        rows, share = rows_in(part, self.ranks), self.world // self.ranks
         if any(map(_torch_stages.is_fake, tree.leaves(result))):
             raise LossError(
                 "the loss depends on something that another stage computed; compute it "
@@ -193,7 +207,8 @@ class _Job:
         self.outs.append(out)
         half = value.dtype in (torch.float16, torch.bfloat16)
         wide = value.float() if half else value
-        return torch.stack([wide * (scale * here.env.world)])
+        scaled = wide * (scale * self.world)
+        return scaled.sum() if scaled.dim() else scaled
 
     def _sent(self, walk: Walk) -> tuple[Tensor, ...]:
         apart = self.stages.spec.schedule in HALVES  # which detaches it in place
@@ -209,13 +224,18 @@ class _Job:
 
 
 def _told(stages: Stages, job: _Job) -> Out:
-    """The last stage's report on all stages; raises on all where one has failed."""
+    """The last stage's report on all stages; raises on all where one has failed.
+
+    Which gradients there are travels along.
+    """
     env, last = stages.env, stages.homes.count - 1
     src = owner(last, env.world, stages.spec.schedule)
     out, numbers = _report(job, env.rank == src)
-    numbers = torch.tensor(numbers, dtype=torch.float64, device=env.device)
-    comm.sum_scalars(env, numbers)
-    failed, total, weight, bare, aux, kind = numbers.tolist()
+    numbers += _without(stages, job.state)
+    summed = torch.tensor(numbers, dtype=torch.float64, device=env.device)
+    comm.sum_scalars(env, summed)
+    failed, total, weight, bare, aux, kind, missing, *lacking = summed.tolist()
+    stages.met.missing, stages.met.lacking = missing, tuple(lacking)
     if failed:
         _raise(env, job.failure)
     given = comm.broadcast(env, out and out.aux, src) if aux else None
@@ -257,16 +277,27 @@ def _raise(env: Env, failure: Exception | None) -> None:
     )
 
 
+def _without(stages: Stages, state: State) -> list[float]:
+    """How many weights have no gradient here; then for each tied weight, if it has."""
+    without = [name for name, p in state.trained if p.grad is None]
+    if not without:  # as always
+        return [0.0] * (1 + len(stages.ties))
+    tied = [float(name in without) for name in stages.ties]
+    return [float(len(without)) - sum(tied), *tied]
+
+
 def settled(inner: Engine) -> Callable[[Any, Tensor | float], None]:
     """`settle` of a model in stages whose copies `inner` reduces."""
 
     def settle(state: State, scale: Tensor | float) -> None:
         here: Placed = state.slots["shard_model"]
+        stages = stages_of(state)
         if _gathers(here):
             _torch_stages.fsdp_reduce(state.model)
-        stages = stages_of(state)
         if stages.tensors:
             tensors.as_weights(state)
+        if _gathers(here):  # which has had the gradients to itself until now
+            _meet(stages, state)
         tie(stages, state)
         _all_used(stages, state, here)
         if inner.name == "ddp" and not _gathers(here):
@@ -276,16 +307,22 @@ def settled(inner: Engine) -> Callable[[Any, Tensor | float], None]:
     return settle
 
 
+def _meet(stages: Stages, state: State) -> None:
+    """Tell the other stages which gradients there are."""
+    numbers = torch.tensor(_without(stages, state), device=stages.env.device)
+    comm.sum_scalars(stages.env, numbers)
+    stages.met.missing, *lacking = numbers.tolist()
+    stages.met.lacking = tuple(lacking)
+
+
 def tie(stages: Stages, state: State) -> None:
     """Add up the gradients of weights that several stages have."""
     weights = dict(state.trained)
-    for name, ranks in stages.ties.items():
+    for (name, ranks), lacking in zip(
+        stages.ties.items(), stages.met.lacking, strict=True
+    ):
         p = weights.get(name)
-        if p is None:
-            continue
-        some = torch.tensor([float(p.grad is not None)], device=stages.env.device)
-        dist().all_reduce(some, group=stages.groups[ranks])
-        if not some.item():
+        if p is None or lacking == len(ranks):
             continue
         if p.grad is None:
             p.grad = torch.zeros_like(p)
@@ -297,26 +334,34 @@ def tie(stages: Stages, state: State) -> None:
 
 def _all_used(stages: Stages, state: State, here: Placed) -> None:
     """Raise on all stages where one has a weight without a gradient."""
-    missing = [n for n, p in state.trained if p.grad is None]
     if here.unused == "allow":
         return
-    numbers = torch.tensor([float(len(missing))], device=stages.env.device)
-    comm.sum_scalars(stages.env, numbers)
-    if numbers.item():
+    met = stages.met
+    pairs = zip(stages.ties.values(), met.lacking, strict=True)
+    if met.missing or any(lacking == len(ranks) for ranks, lacking in pairs):
+        missing = [n for n, p in state.trained if p.grad is None]
         each = comm.gather_objects(stages.env, missing)
-        raise placed.unused([n for names in each for n in names], here)
+        if any(each):
+            raise placed.unused([n for names in each for n in names], here)
+    placed.all_used(state)  # what a pass has taken away since
 
 
 def _reduced(state: State, here: Placed) -> None:
     """The mean of gradients over copies; what one copy alone used is used by all."""
-    used = torch.tensor([float(p.grad is not None) for _, p in state.trained])
-    used = used.to(here.env.device)
-    comm.sum_scalars(here.env, used)
-    for (_, p), some in zip(state.trained, used.tolist(), strict=True):
-        if some and p.grad is None:
-            p.grad = torch.zeros_like(p)
+    if here.unused == "allow":
+        used = torch.tensor([float(p.grad is not None) for _, p in state.trained])
+        used = used.to(here.env.device)
+        comm.sum_scalars(here.env, used)
+        for (_, p), some in zip(state.trained, used.tolist(), strict=True):
+            if some and p.grad is None:
+                p.grad = torch.zeros_like(p)
     slices, rest = whole.parted(plain.gradients(state))  # those that stages share too
     whole.reduce([*slices, *rest], here.env)
+
+
+def _wide(env: Env) -> torch.dtype:
+    """A dtype that all stages can send, whatever theirs is."""
+    return torch.float64 if kind_of(env.device).float64 else torch.float32
 
 
 def clipped(inner: Engine) -> Callable[[Any, float | None], Tensor]:
@@ -329,14 +374,18 @@ def clipped(inner: Engine) -> Callable[[Any, float | None], Tensor]:
             for name, p in state.trained
             if stages.ties.get(name, (stages.env.rank,))[0] == stages.env.rank
         )
-        square = inner.clip(attrs.evolve(state, trained=ours), None).square()
-        square = square.to(stages.env.device)
+        # a stage may have nothing that is trained, or tied weights alone, and no dtype
+        own = torch.zeros(())
+        if any(p.grad is not None for _, p in ours):
+            own = inner.clip(attrs.evolve(state, trained=ours), None)
+        square = own.to(stages.env.device, _wide(stages.env)).square()
         comm.sum_scalars(stages.env, square)
         norm = square.sqrt()
         if limit is not None:
             for grads in whole.parted(plain.gradients(state)):
                 if grads:
-                    factor = plain.shrink(norm, limit).to(grads[0].device)
+                    factor = plain.shrink(norm, limit)
+                    factor = factor.to(grads[0].device, grads[0].dtype)
                     _torch.scale_(grads, factor)
         return norm
 

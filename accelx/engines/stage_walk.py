@@ -34,6 +34,13 @@ class Walk:
     counts: dict[str, int] = attrs.field(factory=dict)
     known: dict[int, Tensor] = attrs.field(factory=dict)  # id of a fake -> its numbers
     held: list[Any] = attrs.field(factory=list)  # fakes whose ids are in use
+    first: str | None = attrs.field(init=False)  # the part that is given what came
+    next: str | None = attrs.field(init=False)  # that which gets what is sent
+
+    def __attrs_post_init__(self) -> None:
+        starts, stage = self.homes.starts, self.stage
+        self.first = starts[stage - 1] if stage else None
+        self.next = starts[stage] if stage < len(starts) else None
 
     def model(self, call: Any, args: Any, kwargs: Any) -> Any:
         """The model's own call; but in the last stage it is the end of the loss."""
@@ -52,34 +59,37 @@ class Walk:
         """A part's call."""
         number = self.counts.get(name, 0)
         self.counts[name] = number + 1
+        if self.homes.units[name] != self.stage and name != self.next:
+            result = self._recorded(name, number)
+            if isinstance(result, Tensor):  # as mostly, and whatever was given
+                return result
+        with _torch_stages.Aside(_Between):
+            return self._part(name, number, call, args, kwargs)
+
+    def _part(self, name: str, number: int, call: Any, args: Any, kwargs: Any) -> Any:
         given = tree.leaves((args, kwargs))
-        if self.stage and name == self.homes.starts[self.stage - 1] and not number:
+        if name == self.first and not number:
             self._receive(given)
-        now = list(map(self._now, given))
-        if self._begins_next(name) and not number:
+        now = list(map(self._now, given)) if self.known else given
+        if name == self.next and not number:
             self._send(name, now)
         if self.homes.units[name] != self.stage:
             return self._returned(name, number, now)
         args, kwargs = self._filled((args, kwargs), given)
         self._whole(name, now)
-        with _torch_stages.mode_aside(_Between):
-            result = call(*args, **kwargs)
+        result = call(*args, **kwargs)
         self._whole(name, tree.leaves(result))
         return result
 
     def _filled(self, whole: Any, leaves: list[Any]) -> Any:
         """A tree with what was received in it; the same one where nothing was."""
-        if any(id(leaf) in self.known for leaf in leaves):
+        if self.known and any(id(leaf) in self.known for leaf in leaves):
             return tree.unflatten(whole, map(self._now, leaves))
         return whole
 
     def _now(self, leaf: Any) -> Any:
         """A leaf, or the numbers that were received in its place."""
         return self.known.get(id(leaf), leaf)
-
-    def _begins_next(self, name: str) -> bool:
-        last = self.stage == self.homes.count - 1
-        return not last and name == self.homes.starts[self.stage]
 
     def _receive(self, given: list[Any]) -> None:
         crossing = self.route.crossings[self.stage - 1]
@@ -113,15 +123,18 @@ class Walk:
                 "head.weight = embed.weight"
             )
 
-    def _returned(self, name: str, number: int, given: list[Any]) -> Any:
+    def _recorded(self, name: str, number: int) -> Any:
         calls = self.route.returned.get(name, ())
         if number >= len(calls):
             self._lost(name)
+        return calls[number]
 
+    def _returned(self, name: str, number: int, given: list[Any]) -> Any:
         def one(leaf: Any) -> Any:
             return given[leaf.leaf] if isinstance(leaf, From) else leaf
 
-        return tree.map_leaves(one, calls[number], lambda leaf: isinstance(leaf, From))
+        recorded = self._recorded(name, number)
+        return tree.map_leaves(one, recorded, lambda leaf: isinstance(leaf, From))
 
     def _lost(self, name: str) -> NoReturn:
         raise PlacementError(

@@ -35,6 +35,7 @@ from accelx.engines.stage_pipe import HALVES, SINGLE
 from accelx.engines.stage_route import Sketch, Way, guide, ran, sketched
 from accelx.engines.stage_seen import seen
 from accelx.engines.stage_shapes import shape
+from accelx.engines.stage_weights import guard
 from accelx.env_part import along, parts
 from accelx.errors import PlacementError
 from accelx.records import Env
@@ -62,6 +63,7 @@ class Stages:
     tensors: bool = False  # whether shard_tensors cuts what a stage has
     routes: dict[Any, Any] = attrs.field(factory=dict)
     seen: dict[Any, Any] = attrs.field(factory=dict)  # the same, of evaluation
+    met: stage_step.Met = attrs.field(factory=stage_step.Met)
 
 
 def place(thing: nn.Module | Callable[[], nn.Module], spec: Any, plan: Plan) -> Placed:
@@ -106,6 +108,7 @@ def place(thing: nn.Module | Callable[[], nn.Module], spec: Any, plan: Plan) -> 
         _fill(model, told, gone, recorder, plan)
     _share_buffers(model, sketch)
     guide(model, cut, way)
+    guard(model, gone, way)
     stages = Stages(
         *(spec, env, plan.everyone, cut, model, sketch, way, ties),
         _groups(plan.everyone, env, ties),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from accelx import _torch, comm
+from accelx import _torch, comm, tree
 from accelx.engines import placed, plain
 from accelx.engines.tensor_plans import styles
 from accelx.engines.tensor_styles import hook, parallel_style
@@ -165,6 +165,18 @@ class Joined(TorchFunctionMode):
         return out
 
 
+def joined(result: Any) -> Any:
+    """What a loss returned, its numbers made plain that came of cut logits.
+
+    torch goes backward from a mean of such as if it were of one rank's part.
+    """
+
+    def one(leaf: Any) -> Any:
+        return leaf.full_tensor() if _torch.is_dtensor(leaf) else leaf
+
+    return tree.map_leaves(one, result)
+
+
 @attrs.define(eq=False)
 class Counted:
     """Over which ranks weights lie, and on how many of them each slice."""
@@ -247,6 +259,22 @@ def settle(state: State, scale: Tensor | float) -> None:
         _torch.scale_(_locals(state), scale)
 
 
+def update(state: State) -> None:
+    """Step the optimizers; refuses one that writes whole weights."""
+    try:
+        plain.update(state)
+    except RuntimeError as error:
+        if "placement" not in str(error):
+            raise
+        kinds = ", ".join(type(o).__name__ for o in state.optimizers)
+        raise PlacementError(
+            f"{kinds} wants whole weights, which a step of its own writes in ways that "
+            f"slices do not take, got those of {placed.engine_of(state).name}; write "
+            'shard_model(env, "ddp"), and nothing that cuts weights, or another '
+            "optimizer, such as AdamW"
+        ) from error
+
+
 def clip(state: State, limit: float | None) -> Tensor:
     """The 2-norm over all weights, each counted once, (); scales to `limit` beyond."""
     counted: Counted = state.slots["shard_model"].handle
@@ -260,7 +288,9 @@ def _locals(state: State) -> list[Tensor]:
     return [_torch.local_of(grad) for grad in plain.gradients(state)]
 
 
-ENGINE = attrs.evolve(plain.ENGINE, name="tensor", settle=settle, clip=clip)
+ENGINE = attrs.evolve(
+    plain.ENGINE, name="tensor", settle=settle, update=update, clip=clip
+)
 """For ranks that all share the same rows: nothing to reduce but what a plan leaves."""
 
 

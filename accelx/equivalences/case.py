@@ -77,10 +77,15 @@ def feeding(env: Env, case: Case) -> Transform:
     return shard_loader(env) if case.loads else identity
 
 
-def batches(env: Env, case: Case, steps: int) -> Iterator[Any]:
-    """This rank's rows of the first `steps` batches."""
+def batches(
+    env: Env, case: Case, steps: int, tx: Transform | None = None
+) -> Iterator[Any]:
+    """This rank's rows of the first `steps` batches.
+
+    `env` is of the ranks that have rows of their own; `tx` cuts those of a loader.
+    """
     if case.loads:
-        for batch in feed(feeding(env, case), case.data, 0, steps):
+        for batch in feed(tx or feeding(env, case), case.data, 0, steps):
             yield cast(batch, case.dtype)
         return
     for step in range(steps):

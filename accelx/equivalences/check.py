@@ -26,6 +26,7 @@ def check_equivalence(
     tol: float | None = None,
     dtype: torch.dtype | str | None = "float64",
     blocks: Any = None,
+    plan: Any = "auto",
     timeout: float = 120.0,
 ) -> Report:
     """Train by `build` in many layouts and say where they part from one process.
@@ -38,6 +39,8 @@ def check_equivalence(
     compared with it at each step: the loss, every gradient, their norm, and every
     parameter after the update. Layouts are all of `ranks` x `kinds` x `micro`: CPU
     processes over gloo, microbatches by `accumulate`; `blocks` as in `shard_model`.
+    Kinds are "ddp", "fsdp2", "hsdp" (two copies of slices), "tensor" (`shard_tensors`
+    by `plan`) and "sequence" (`shard_sequence`), each over all ranks.
 
     A gap is relative: to the loss, the norm, the largest gradient, the largest
     parameter. More than `tol` parts, of parameters ten times that (Adam magnifies
@@ -51,5 +54,5 @@ def check_equivalence(
     A layout that fails is a row with its error; a judge that fails raises RankError.
     """
     each = layouts(*checked(ranks, kinds, micro, steps))
-    settings = Settings(steps, tol, dtype_of(dtype), blocks, timeout)
+    settings = Settings(steps, tol, dtype_of(dtype), blocks, plan, timeout)
     return compare(build, each, settings)

@@ -34,6 +34,7 @@ class Settings:
     tol: float | None  # None: what the dtype, and what the model does inside, ask for
     dtype: torch.dtype | None
     blocks: Any
+    plan: Any
     timeout: float
 
 
@@ -68,7 +69,8 @@ def compare(build: Build, each: list[Layout], settings: Settings) -> Report:
 
 def _imported() -> None:
     """Load what forked ranks would each load by themselves: 3 s of torch."""
-    import_module("torch.distributed.fsdp")
+    for name in ("fsdp", "tensor.parallel"):
+        import_module(f"torch.distributed.{name}")
     torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # brings torch's compiler
 
 

@@ -6,7 +6,14 @@ from collections.abc import Iterable
 
 import torch
 
-KINDS = ("ddp", "fsdp2")  # those that any number of ranks can have, without axes
+AXES = {  # kind: how its ranks are laid out
+    "ddp": None,
+    "fsdp2": None,
+    "hsdp": "replicate=2,shard=-1",
+    "tensor": "tensor=-1",  # shard_tensors
+    "sequence": "sequence=-1",  # shard_sequence
+}
+KINDS = tuple(AXES)
 
 
 def checked(
@@ -25,7 +32,13 @@ def checked(
     if wrong or not made[1]:
         raise ValueError(
             f"check_equivalence wants kinds out of {', '.join(map(repr, KINDS))}, got "
-            f"{made[1]!r}; write kinds={KINDS!r}"
+            f"{made[1]!r}; write kinds={KINDS[:2]!r}"
+        )
+    odd = [n for n in made[0] if n > 1 and n % 2]
+    if odd and "hsdp" in made[1]:
+        raise ValueError(
+            "check_equivalence wants an even number of ranks for hsdp, which has two "
+            f"copies of the slices, got ranks={made[0]!r}; write ranks=(1, 4)"
         )
     return made
 

@@ -11,11 +11,16 @@ import torch
 from torch import Tensor
 
 from accelx._torch import is_dtensor
+from accelx.env import connect
+from accelx.env_part import rows_env
 from accelx.equivalences.case import Build, batches, built, feeding
 from accelx.equivalences.report import WHATS, Layout, Parting, allowed
+from accelx.equivalences.settings import AXES
 from accelx.gradients import read
 from accelx.passes.accumulate import accumulate
 from accelx.passes.shard_model import shard_model
+from accelx.passes.shard_sequence import shard_sequence
+from accelx.passes.shard_tensors import shard_tensors
 from accelx.records import Env, Mean, Transform
 from accelx.rng import seed
 from accelx.run import apply, grads, init
@@ -75,15 +80,18 @@ def partings(
     Those of parameters and gradients name the first that is beyond the tolerance.
     """
     case = built(env, build, settings.dtype)
+    if axes := AXES.get(layout.kind):
+        env = connect(env, axes=axes)
     tx = chain(
-        placing(env, layout, settings.blocks),
+        placing(env, layout, settings),
         accumulate(layout.micro) if layout.micro > 1 else identity,
         feeding(env, case),
     )
     state = init(tx, case.source, case.optim)
     first, second = grads(tx, case.loss), apply(tx)
     found = list[Parting]()
-    each = zip(judged, batches(env, case, len(judged)), strict=True)
+    rows = batches(rows_env(env), case, len(judged), feeding(env, case))
+    each = zip(judged, rows, strict=True)
     for number, (wanted, batch) in enumerate(each):
         seed(env, number)
         state, out = first(state, batch)
@@ -100,9 +108,15 @@ def partings(
     return found
 
 
-def placing(env: Env, layout: Layout, blocks: Any) -> Transform:
-    """The pass that places the model; none on one rank."""
-    return identity if env.world == 1 else shard_model(env, layout.kind, blocks)
+def placing(env: Env, layout: Layout, settings: Any) -> Transform:
+    """The passes that place the model; none on one rank."""
+    if env.world == 1:
+        return identity
+    if layout.kind == "tensor":
+        return chain(shard_tensors(env, settings.plan), shard_model(env))
+    if layout.kind == "sequence":
+        return chain(shard_sequence(env), shard_model(env))
+    return shard_model(env, layout.kind, settings.blocks)
 
 
 def _whole(named: list[tuple[str, Any]]) -> Iterator[tuple[str, Tensor]]:

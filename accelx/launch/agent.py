@@ -188,6 +188,7 @@ def _run(runs: Any, hands: Hands, meeting: Meeting) -> dict[str, Any]:
         raise
     except errors()[0]:
         if meeting.ended_well():  # it came as the others were leaving
+            meeting.goodbye()
             return UNUSED
         said = {"code": 1, "words": ENDED, "cause": meeting.cause()}
         meeting.goodbye()

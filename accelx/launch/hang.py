@@ -12,7 +12,8 @@ from accelx.launch.running import Rank, Run
 from accelx.launch.told import names
 from accelx.launch.where import main_thread, of_stack
 
-STACKS = 0.5  # seconds that ranks have to write where they are
+STACKS = 5.0  # seconds that ranks have to write where they are, at most
+LOOK = 0.25  # seconds: what has not grown from one look to the next is whole
 
 
 def ask(run: Run) -> None:
@@ -21,7 +22,17 @@ def ask(run: Run) -> None:
         stack_of(rank)  # what it wrote before is not about now
     for rank in run.alive:
         os.kill(rank.pid, signal.SIGQUIT)  # not reaped yet, so the number is its own
-    run.answer, run.looked = time.monotonic() + STACKS, time.time()
+    now = time.monotonic()
+    run.answer, run.patience, run.said = now + LOOK, now + STACKS, {}
+    run.looked = time.time()
+
+
+def answered(run: Run) -> bool:
+    """Whether all have said where they are, or had the time; else one looks again."""
+    now, before = time.monotonic(), run.said
+    run.said = {rank.number: os.fstat(rank.stack).st_size for rank in run.alive}
+    run.answer = now + LOOK
+    return now >= run.patience or (run.said == before and all(before.values()))
 
 
 def answers(run: Run) -> dict[int, str]:

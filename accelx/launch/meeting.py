@@ -25,7 +25,6 @@ from accelx.launch.elastic import Elastic
 LOOPBACK = "127.0.0.1"
 ANSWER = 60.0  # seconds that a store may take to answer
 ECHO = 3.0  # seconds to wait for the node that failed first to say why
-HEAR = 2.5  # seconds in which nodes that wait for a place hear that there is none
 LEAVE = 10.0  # seconds that the node with the store waits for the others to leave
 PROTOCOL = 1  # of what agents tell each other
 
@@ -53,6 +52,7 @@ class Meeting:
         self._served: Any = None  # this attempt's store, where this node serves it
         self._attempts = self._waiting = 0
         self._next_look = 0.0
+        self._placed = False  # whether this node is one of the last attempt
         self._torch: Any = None
         self.told = Told()
         self.own = LOOPBACK  # this node's address, as the others reach it
@@ -71,7 +71,7 @@ class Meeting:
     def next_rendezvous(self) -> Any:
         """Wait for the other nodes of the next attempt."""
         self._served = None  # its port closes; what still talks to it was told to end
-        self._waiting = 0
+        self._waiting, self._placed = 0, False
         if self._torch is None:
             store, rank, world = self._serve(LOOPBACK, 1), 0, 1
             self.told = Told(port=store.port, attempt=self._attempts)
@@ -80,7 +80,7 @@ class Meeting:
         else:
             made = self._torch.next_rendezvous()
             store, world = made.store, made.world_size
-            self.told = self._agree(store, made.rank, world)
+            self.told, self._placed = self._agree(store, made.rank, world), True
             if self.told.error:
                 raise SpawnError(self.told.error)
             rank = self.told.nodes[made.rank]
@@ -127,15 +127,10 @@ class Meeting:
         if self._torch is None:
             return
         with contextlib.suppress(*store_errors()):
-            left = self._base.add(self._key("left"), 1)
+            self._base.add(self._key("left") if self._placed else "accelx/unused", 1)
             deadline = time.monotonic() + LEAVE
-            if self.hosts and elastics.spares(self._torch):
-                time.sleep(HEAR)
-            while self.hosts and left < len(self.told.nodes):
-                if time.monotonic() > deadline:
-                    return
+            while self.hosts and self._others_stay() and time.monotonic() < deadline:
                 time.sleep(0.05)
-                left = self._base.add(self._key("left"), 0)
 
     def get_backend(self) -> str:
         """Its name."""
@@ -169,6 +164,12 @@ class Meeting:
     def shutdown(self) -> bool:
         """End the job for all nodes."""
         return self._torch is None or self._torch.shutdown()
+
+    def _others_stay(self) -> bool:
+        """Whether nodes of the attempt, or some without a place, have not left yet."""
+        left = self._base.add(self._key("left"), 0)
+        unused = self._base.add("accelx/unused", 0)
+        return left < len(self.told.nodes) or unused < elastics.spares(self._torch)
 
     def _key(self, name: str) -> str:
         return f"accelx/{name}/{self.told.attempt}"

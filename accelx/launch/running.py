@@ -43,7 +43,9 @@ class Run:
     asked_at: float = 0.0
     stage: str = "running"  # settling, asking, ending, killing
     deadline: float | None = None
-    answer: float | None = None  # when ranks that were asked have said where they are
+    answer: float | None = None  # when to look what ranks that were asked have said
+    patience: float = 0.0  # until when they may take to say it
+    said: dict[int, int] = attrs.field(factory=dict[int, int])  # bytes at the last look
     looked: float = 0.0  # by the wall clock, when they were asked
     notes: list[str] = attrs.field(factory=list[str])  # on ranks that hang
     stopped_at: float = float("inf")  # what fails later fails because it was stopped

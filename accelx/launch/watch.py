@@ -37,6 +37,7 @@ def watch(run: Run) -> End:
             selector.register(source, selectors.EVENT_READ, item)
         if run.agent is not None:
             selector.register(run.agent.end, selectors.EVENT_READ, run.agent)
+            _recalled(run, run.agent, selector)  # its word may have been read before
         while run.alive:
             for key, _ in selector.select(_wait(run)):
                 _heard(run, key, selector)
@@ -120,8 +121,8 @@ def _signalled(run: Run, number: signal.Signals) -> None:
     elif run.asked is None and run.stage in ("running", "settling"):
         run.asked, run.asked_at = number, time.monotonic()
         run.stage, run.deadline = "ending", run.asked_at + run.plan.grace
-        _announce(run, number)
         _stop(run, number)
+        _announce(run, number)  # who reads it may count on the signal
     elif time.monotonic() - run.asked_at > REPEAT:
         run.deadline = 0.0  # asked twice: now
 
@@ -147,7 +148,8 @@ def _listen(rank: Rank) -> bool:
     except BlockingIOError:
         return True
     rank.heard += data
-    if rank.failure is None and b"\n" in rank.heard:
+    judged = rank.code is not None or rank.failure is not None  # its word counts once
+    if not judged and b"\n" in rank.heard:
         rank.failure = loads(rank.heard.partition(b"\n")[0])
     return data != b""
 
@@ -221,9 +223,12 @@ def _advance(run: Run) -> None:
         run.stage, run.deadline = "settling", now + SETTLE
     if run.stage == "running" and run.limit is not None and now >= run.limit:
         hang.ask(run)
-        run.stage, run.deadline, run.answer = "asking", run.answer, None
-    if run.answer is not None and now >= run.answer:
-        hang.show(run)
+        run.stage = "asking"
+    if run.answer is not None and now >= run.answer and hang.answered(run):
+        if run.stage == "asking":
+            run.deadline = now
+        else:
+            hang.show(run)
     if run.deadline is None or now < run.deadline:
         return
     if run.stage == "asking":

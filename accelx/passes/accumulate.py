@@ -30,7 +30,8 @@ def accumulate(n: int) -> Transform:
     0-dim tensors, numbers and the like go to every microbatch. One reduction over ranks
     a step. Raises ValueError if n < 1, DataError for a tensor that has neither the
     batch's rows nor no dimension, and for batches of static shapes whose rows `n` does
-    not divide. Batch normalisation sees microbatches, and a NeutralityWarning says so.
+    not divide. Batch normalisation sees microbatches, and other buffers that forward
+    changes move once for each: a NeutralityWarning says so.
     """
     if not isinstance(n, int) or n < 1:  # type: ignore[reportUnnecessaryIsInstance]
         raise ValueError(
@@ -38,21 +39,17 @@ def accumulate(n: int) -> Transform:
         )
 
     def backward(grads: Any) -> Any:
-        def accumulated(state: Any, *args: Any) -> tuple[Any, Any]:
-            from accelx.cut import add, cut
-            from accelx.engines.placed import engine_of
-            from accelx.env_part import rows_env
+        looked = list[bool]()  # once is enough
 
-            placed = state.slots.get("shard_model")
-            ranks = 1 if placed is None else rows_env(placed.env).world
-            parts = cut(args, n, ranks)
-            outs = list[Any]()
-            with engine_of(state).quiet(state):
-                for part in parts[:-1]:
-                    state, out = grads(state, *part)
-                    outs.append(out)
-            state, out = grads(state, *parts[-1])
-            return state, add([*outs, out])
+        def accumulated(state: Any, *args: Any) -> tuple[Any, Any]:
+            from accelx.engines.buffers import marks, say_cut
+
+            before = {} if looked else marks(state.model)
+            state, out = _added(grads, n, state, args)
+            if not looked:
+                looked.append(True)
+                say_cut(state.model, before, n)
+            return state, out
 
         return accumulated if n > 1 else grads
 
@@ -71,6 +68,24 @@ def accumulate(n: int) -> Transform:
             ),
         )
     )
+
+
+def _added(grads: Any, n: int, state: Any, args: Any) -> tuple[Any, Any]:
+    """The gradients of each microbatch, one after another; what they report, added."""
+    from accelx.cut import add, cut
+    from accelx.engines.placed import engine_of
+    from accelx.env_part import rows_env
+
+    placed = state.slots.get("shard_model")
+    ranks = 1 if placed is None else rows_env(placed.env).world
+    parts = cut(args, n, ranks)
+    outs = list[Any]()
+    with engine_of(state).quiet(state):
+        for part in parts[:-1]:
+            state, out = grads(state, *part)
+            outs.append(out)
+    state, out = grads(state, *parts[-1])
+    return state, add([*outs, out])
 
 
 def _look(state: Any, n: int) -> Any:

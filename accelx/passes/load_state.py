@@ -80,10 +80,14 @@ def load_state(
 
 
 def _restored(spec: LoadState, state: Any) -> Any:
+    import torch
+
     from accelx.saves.choose import Wish, restored
 
     wish = Wish(spec.missing, spec.rename, spec.only, spec.verify, spec.fallback)
-    return restored(spec.env, state, spec.url, wish)
+    # moments of weights that are trained must be as they are, wherever this is called
+    with torch.inference_mode(any(p.is_inference() for p in state.model.parameters())):
+        return restored(spec.env, state, spec.url, wish)
 
 
 def _alone(spec: LoadState) -> Callable[[Any], Any]:

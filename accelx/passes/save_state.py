@@ -77,7 +77,8 @@ def save_state(
 
 def _numbers(**given: Any) -> None:
     for name, value in given.items():
-        if (type(value) is int and value < 1) or isinstance(value, float | bool | str):
+        number = type(value) is int and value > 0
+        if not (number or value is None or (name == "keep" and callable(value))):
             raise ValueError(
                 f"save_state({name}=...) wants a whole number of at least 1, got "
                 f"{value!r}; write {name}=1 or more"

@@ -10,7 +10,7 @@ import attrs
 from accelx.engines.stage_pipe import HALVES, SCHEDULES
 from accelx.errors import PlacementError
 from accelx.passes.accumulate import accumulate
-from accelx.records import Env, Pass, Rules, Transform, check_env, code
+from accelx.records import Env, Loss, Pass, Rules, Transform, check_env, code
 
 
 def _kept(split: Any) -> Any:
@@ -130,6 +130,7 @@ def _pass(spec: ShardStages) -> Pass:
         "shard_stages",
         spec,
         place=place,
+        forward=_forward if spec.ranks > 1 else None,
         backward=backward,
         rules=(
             Rules(once=True, why="a model is cut into stages once"),
@@ -137,3 +138,9 @@ def _pass(spec: ShardStages) -> Pass:
         ),
         neutral=True,
     )
+
+
+def _forward(loss: Loss) -> Loss:
+    from accelx.engines.stage_weights import in_loss
+
+    return in_loss(loss)

@@ -107,13 +107,13 @@ def _forward(loss: Callable[..., Any]) -> Callable[..., Any]:
     def plain(model: Any, *args: Any) -> Any:
         import torch
 
-        from accelx.engines.tensors import Joined, logits_cut
+        from accelx.engines.tensors import Joined, joined, logits_cut
 
         if torch.is_grad_enabled():  # inside `_backward`
             with Joined():
-                return loss(model, *args)
+                return joined(loss(model, *args))
         with Joined(), logits_cut(model):
-            return loss(model, *args)
+            return joined(loss(model, *args))
 
     return plain
 

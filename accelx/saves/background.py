@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from accelx.errors import CheckpointError
 from accelx.saves.memory import copy
 from accelx.saves.save import Job, run
 from accelx.saves.verify import cores
+from accelx.saves.write import Slab
 
 PATIENCE = 1800.0  # seconds that a program which ends waits for the other ranks
 POLL = 0.01  # seconds between looks at whether the other ranks have written
@@ -52,7 +54,7 @@ class Background:
             time.sleep(POLL / 10)  # the step goes on first, not this thread's Python
             try:
                 pairs = zip(job.slabs, copies, strict=True)
-                kept = [attrs.evolve(slab, data=data) for slab, data in pairs]
+                kept = [attrs.evolve(slab, held=data) for slab, data in pairs]
                 job = attrs.evolve(job, slabs=kept)
                 run(job, _meeting(job, lambda: self.end))
                 after(job)
@@ -86,10 +88,11 @@ class Background:
         if self.buffer is None or self.buffer.numel() < size:
             pinned = kind_of(job.env.device).pinned
             self.buffer = None  # before the new one is made
-            self.buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-        made = self.buffer[:size].split(sizes)
-        _copy([slab.data for slab in job.slabs], made, job.env.local_world)
-        return made
+            self.buffer = torch.empty(
+                size, dtype=torch.uint8, device="cpu", pin_memory=pinned
+            )
+        _copy(job.slabs, self.buffer, job.env.local_world)
+        return self.buffer[:size].split(sizes)
 
     def _at_exit(self) -> None:
         """A failure that no step is left to raise must not look like success."""
@@ -103,20 +106,22 @@ class Background:
             os._exit(FAILED)
 
 
-def _copy(held: Sequence[Tensor], copies: Sequence[Tensor], neighbours: int) -> None:
-    """Fill `copies` with the bytes `held`: by two threads, since the step waits.
+def _copy(slabs: Sequence[Slab], into: Tensor, neighbours: int) -> None:
+    """Lay what `slabs` hold end to end: by two threads, since the step waits.
 
     By one where the `neighbours` on this machine leave no core for a second, and off a
     device: each thread has a stream of its own, and this one's is trained on.
     """
-    on_cpu = all(data.is_cpu for data in held)
+    on_cpu = all(slab.held.is_cpu for slab in slabs)
+    places = list(itertools.accumulate((slab.size for slab in slabs), initial=0))
+    start = into.data_ptr()
 
     def half(first: int) -> None:
-        for data, into in zip(held[first::2], copies[first::2], strict=True):
+        for slab, at in zip(slabs[first::2], places[first:-1:2], strict=True):
             if on_cpu:
-                copy(data, into)
+                copy(slab.held, start + at)
             else:
-                into.copy_(data)
+                into[at : at + slab.size].copy_(slab.data)
 
     if not on_cpu or cores() <= neighbours:
         half(0)

@@ -37,9 +37,15 @@ class Contents:
 
 
 def contents(
-    state: State, rank: int, world: int, device: str, select: Selector | None
+    state: State,
+    env: Env,
+    select: Selector | None,
+    memo: dict[Any, Any],
 ) -> Contents:
-    """What is saved of `state`. Nothing is copied but the random streams."""
+    """What is saved of `state`. Nothing is copied but the random streams.
+
+    `memo` is the caller's, for its saves: see `lie`.
+    """
     tensors: dict[str, Held] = {}
     values: dict[str, Any] = {"step": state.step, "skipped": state.skipped}
     keep = _keeper(tensors)
@@ -57,15 +63,20 @@ def contents(
     for name, slot in state.slots.items():
         if is_saved(slot):
             values[f"slots.{name}"] = encode(slot, f"slots.{name}", keep)
-    memo: dict[Any, Any] = {}
     lies = {name: lie(name, tensor, memo) for name, tensor in tensors.items()}
-    tensors[RANDOM] = now(device)
-    rows = tuple(Slice(Box((r, 0), (r + 1, SIZE)), (r,)) for r in range(world))
-    lies[RANDOM] = Lie("uint8", (world, SIZE), rows)
+    tensors[RANDOM] = now(env.device)
+    lies[RANDOM] = memo.get((RANDOM, env.world)) or _rows(env.world)
+    memo[RANDOM, env.world] = lies[RANDOM]
     tied = {f"model.{a}": f"model.{b}" for a, b in aliases.items() if b not in left}
     weights = {f"model.{n}" for n, t in held.items() if is_weight(t)}
     own = {n for n in tensors if n not in weights and not n.startswith("optim.")}
     return Contents(tensors, values, tied, lies, left, frozenset(own - {RANDOM}))
+
+
+def _rows(world: int) -> Lie:
+    """How the random streams lie."""
+    rows = tuple(Slice(Box((r, 0), (r + 1, SIZE)), (r,)) for r in range(world))
+    return Lie("uint8", (world, SIZE), rows)
 
 
 def _keeper(tensors: dict[str, Held]) -> Callable[[str, Held], None]:
@@ -79,8 +90,8 @@ def _keeper(tensors: dict[str, Held]) -> Callable[[str, Held], None]:
                 f"a tensor's name wants at most {LONG} characters, but "
                 f"{name[:80]!r}... has {len(name)}; put it under a shorter key"
             )
-        if isinstance(tensor, Tensor) and tensor.device.type == "xla":
-            tensor = host(tensor)
+        if not tensor.is_cpu and isinstance(tensor, Tensor):
+            tensor = host(tensor) if tensor.device.type == "xla" else tensor
         tensors[name] = tensor
 
     return keep

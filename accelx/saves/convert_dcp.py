@@ -154,7 +154,7 @@ def _whole(
         )
 
     def read() -> Tensor:
-        out = torch.empty(shape, dtype=getattr(torch, dtype))
+        out = torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
         for box, load in pieces.items():
             part = load()
             came = (part.dtype, tuple(part.shape)) if isinstance(part, Tensor) else part

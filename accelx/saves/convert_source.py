@@ -168,7 +168,7 @@ def _block(
         raise _damaged(what, f"{name!r} at bytes {low} to {high}, and not {count}")
 
     def read() -> Tensor:
-        out = torch.empty(shape, dtype=getattr(torch, dtype))
+        out = torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
         if count:
             with storage.reading(store, file) as fill:
                 fill(start + low, view(out))

@@ -42,7 +42,8 @@ class Made:
 
     def stand(self, lazy: Lazy) -> Tensor:
         """A tensor of one element that looks like one which is yet to be read."""
-        made = torch.empty((), dtype=getattr(torch, lazy.dtype)).expand(lazy.shape)
+        one = torch.empty((), dtype=getattr(torch, lazy.dtype), device="cpu")
+        made = one.expand(lazy.shape)
         self.stands[id(made)] = made, lazy
         return made
 

@@ -141,7 +141,7 @@ def _stored(source: Source, read: Read, item: Item) -> Iterator[torch.Tensor]:
     entry = source.entry(item.name)
     row = strides(entry.shape)[0] * entry.width if entry.shape else BLOCK
     for box in rows(whole(entry.shape), BLOCK // row):
-        block = torch.empty(box.shape, dtype=getattr(torch, entry.dtype))
+        block = torch.empty(box.shape, dtype=getattr(torch, entry.dtype), device="cpu")
         read([Want(source.names[item.name], box, block)])
         yield block
 

@@ -33,7 +33,7 @@ def fingerprints(
     up modulo 2**64: sums of slices are the sum of the whole. No defence against someone
     who makes tensors to collide.
     """
-    sums = torch.zeros(len(tensors), 2, dtype=torch.int64)
+    sums = torch.zeros(len(tensors), 2, dtype=torch.int64, device="cpu")
     found: dict[str, tuple[str, tuple[int, ...], str]] = {}
     for row, (name, tensor) in zip(sums, tensors.items(), strict=True):
         row += _of_rank(env, name, tensor)
@@ -58,7 +58,7 @@ def _of_rank(env: Env, name: str, tensor: Held) -> Tensor:
     """This rank's part of the sums, (2,): of slices that it is the first to hold."""
     slices = lie(name, tensor, {}).slices
     owners = None if slices is None else {s.box: s.ranks[0] for s in slices}
-    total = torch.zeros(2, dtype=torch.int64)
+    total = torch.zeros(2, dtype=torch.int64, device="cpu")
     for box, local in here(tensor, {}):
         if (0 if owners is None else owners[box]) == env.rank:
             total += _sums(*_real(local, box, tuple(tensor.shape))).cpu()

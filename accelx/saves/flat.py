@@ -35,6 +35,11 @@ class Flat:
         """Where this rank's run lies."""
         return self.local.device
 
+    @property
+    def is_cpu(self) -> bool:
+        """Whether this rank's run lies in the host's memory."""
+        return self.local.is_cpu
+
 
 Held = Tensor | Flat  # what a checkpoint has a form for
 

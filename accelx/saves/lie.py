@@ -34,7 +34,7 @@ class Lie:
 
 
 def lie(name: str, tensor: Held, memo: dict[Any, Any]) -> Lie:
-    """How `tensor` lies. `memo` is the caller's, for the tensors of one state."""
+    """How `tensor` lies. `memo` is the caller's, for the tensors of its states."""
     one: Any = tensor
     if isinstance(tensor, Flat):
         cuts = tensor.runs
@@ -44,6 +44,8 @@ def lie(name: str, tensor: Held, memo: dict[Any, Any]) -> Lie:
         cuts = None
     key = tensor.dtype, tensor.shape, cuts
     if key not in memo:
+        if cuts is not None and not isinstance(tensor, Flat):
+            memo["mesh", cuts[0]] = one.device_mesh  # no other may have its id
         dtype, shape = _named(name, tensor), tuple(tensor.shape)
         memo[key] = Lie(dtype, shape, _all(name, tensor, (shape, cuts), memo))
     return memo[key]

@@ -200,7 +200,7 @@ def _random(loading: _Loading) -> Tensor | None:
         came = f"random streams of shape {shape}, {entry.dtype}"
         raise check.damaged("the manifest", came)
     low, high = streams.rows_for(loading.env.rank, world)
-    rows = torch.empty(high - low, entry.shape[1], dtype=torch.uint8)
+    rows = torch.empty(high - low, entry.shape[1], dtype=torch.uint8, device="cpu")
     box = Box((low, 0), (high, entry.shape[1]))
     assert box.volume <= whole(entry.shape).volume
     loading.wants.append(Want(RANDOM, box, rows))

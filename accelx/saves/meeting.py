@@ -76,7 +76,8 @@ def meet(here: Room, at: int) -> None:
         found = _verdict(here, at, told).encode()
         # ranks may look at different moments: the first to say what it found counts
         agreed = here.store.compare_set(f"{at}/agreed", "", found)
-        if here.env.main and at:  # all have come here, so none looks back
+        # all have come here, so none looks back
+        if here.env.main and at and agreed == GO:
             for key in (*range(here.env.world), "agreed"):
                 here.store.delete_key(f"{at - 1}/{key}")
     if agreed != GO:

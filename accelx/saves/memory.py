@@ -59,14 +59,19 @@ def pieces(data: memoryview, size: int, at: int = 0) -> Iterator[memoryview]:
         start, end = end, end + size
 
 
-def copy(data: Tensor, into: Tensor) -> None:
-    """Flat bytes of the CPU into others of the CPU. Lets other threads run.
+def copy(tensor: Tensor, address: int) -> None:
+    """The bytes of a tensor of the CPU to `address`, in the CPU's memory, too.
 
-    A block at a time: 0.88 of the time of `copy_` on 2 MiB slices, on Zen 5.
+    Lets other threads run. A block at a time: 0.88 of the time of `copy_` on 2 MiB
+    slices, on Zen 5.
     """
-    size, here, there = data.numel(), data.data_ptr(), into.data_ptr()
-    for at in range(0, size, BLOCK):
-        ctypes.memmove(there + at, here + at, min(BLOCK, size - at))
+    if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+        tensor = flat(tensor)
+    size, here = tensor.nbytes, tensor.data_ptr()
+    for at in range(0, size - BLOCK, BLOCK):
+        ctypes.memmove(address + at, here + at, BLOCK)
+    last = max(0, size - 1) // BLOCK * BLOCK
+    ctypes.memmove(address + last, here + last, size - last)
 
 
 def inside(tensor: Tensor, box: Box, outer: Box) -> Tensor:

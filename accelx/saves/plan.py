@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
 
 import attrs
 
@@ -11,16 +13,30 @@ from accelx.saves.boxes import Box, Ints, whole
 from accelx.saves.dtypes import KINDS
 from accelx.saves.lie import Lie, Slice
 from accelx.saves.manifest import Entry, Layout, Piece
+from accelx.saves.strict import digest, dumps
 
 SPLIT = 1 << 20  # bytes from which a tensor that all ranks hold is cut between them
 
 
-@attrs.frozen
+@attrs.frozen(slots=False)
 class Plan:
     """The tensors of a manifest, and how each is cut; part r is rank r's."""
 
     entries: Mapping[str, Entry]
     layouts: tuple[Layout, ...]
+
+    @cached_property
+    def said(self) -> Mapping[str, str]:
+        """Of each tensor what ranks compare: dtype, shape and cuts."""
+        cuts = [digest(repr(layout).encode()) for layout in self.layouts]
+        return {
+            k: f"{e.dtype} {e.shape} {cuts[e.layout]}" for k, e in self.entries.items()
+        }
+
+    @cached_property
+    def digest(self) -> str:
+        """One of `said`."""
+        return digest(dumps(self.said))
 
     def of(self, part: int) -> list[tuple[str, int, Box]]:
         """What a part holds, in order: name, number of the piece, box."""
@@ -32,6 +48,51 @@ class Plan:
             for name, entry in self.entries.items()
             for k in mine[entry.layout]
         ]
+
+
+@attrs.frozen
+class Share:
+    """A slice that one rank writes."""
+
+    name: str
+    entry: Entry
+    piece: int  # its number in the tensor's layout
+    box: Box
+    shape: Ints
+    cut: bool  # out of a tensor that this rank holds whole
+
+
+@attrs.define(eq=False)
+class Known:
+    """What saves of one rank have in common while its tensors lie as they did."""
+
+    rank: int
+    world: int
+    memo: dict[Any, Any] = attrs.field(factory=dict)  # of `lie`
+    lies: list[tuple[str, Lie]] = attrs.field(factory=list)
+    plan: Plan = attrs.field(factory=lambda: Plan({}, ()))
+    shares: list[Share] = attrs.field(factory=list)  # this rank's
+
+    def planned(self, lies: Mapping[str, Lie]) -> Plan:
+        """`planned(lies, world)`; the same object while that would be equal."""
+        now = list(lies.items())  # their order counts
+        if now != self.lies:
+            self.plan = planned(lies, self.world)
+            self.shares = [
+                _share(self.plan, lies, *one) for one in self.plan.of(self.rank)
+            ]
+            if self.lies:
+                self.memo.clear()  # of shapes that may be gone
+        self.lies = now
+        return self.plan
+
+
+def _share(
+    plan: Plan, lies: Mapping[str, Lie], name: str, piece: int, box: Box
+) -> Share:
+    entry = plan.entries[name]
+    cut = lies[name].slices is None and box != whole(entry.shape)
+    return Share(name, entry, piece, box, box.shape, cut)
 
 
 def planned(lies: Mapping[str, Lie], world: int) -> Plan:

@@ -134,7 +134,7 @@ def _landing(
     direct, later = list[Want](), list[tuple[Tensor, Tensor]]()
     for want in wants:
         if want.out.device.type == "xla":
-            buffer = torch.empty(want.out.shape, dtype=want.out.dtype)
+            buffer = torch.empty(want.out.shape, dtype=want.out.dtype, device="cpu")
             later.append((want.out, buffer))
             want = attrs.evolve(want, out=buffer)
         direct.append(want)
@@ -213,7 +213,7 @@ def _runner(
             and job.out.is_cpu
             and job.out.dtype == job.dtype
         )
-        made = None if direct else torch.empty(size, dtype=torch.uint8)
+        made = None if direct else torch.empty(size, dtype=torch.uint8, device="cpu")
         out = view(job.out if made is None else made)
         if checked:
             count = _checked(store, manifest, job, read, low, out)

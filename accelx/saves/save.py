@@ -29,8 +29,8 @@ from accelx.saves.fingerprint import fingerprint
 from accelx.saves.flat import Held
 from accelx.saves.lie import local_at
 from accelx.saves.manifest import MANIFEST, Manifest, Part, write_manifest
-from accelx.saves.memory import flat, inside
-from accelx.saves.plan import Plan, planned
+from accelx.saves.memory import inside
+from accelx.saves.plan import Known, Plan
 from accelx.saves.spread import check_selects, merged, stages_of
 from accelx.saves.strict import digest, dumps
 from accelx.saves.write import Slab, write_part
@@ -59,18 +59,21 @@ def decide(
     select: Selector | None = None,
     metrics: Mapping[str, float] | None = None,
     base: Callable[[Mapping[str, Held]], Mapping[str, Any]] = lambda left: {},
+    known: Known | None = None,
 ) -> Job:
     """The job of saving `state` under `url`. Two small collectives; nothing is written.
 
-    Raises CheckpointError on every rank if ranks hold different things.
+    `known` is what earlier saves of the caller's found. Raises CheckpointError on every
+    rank if ranks hold different things.
     """
+    known = known or Known(env.rank, env.world)
     rest("save_state", env, state)
     check_selects(state, "save_state", select)
-    held, error = _held(env, state, select)
+    held, error = _held(env, state, select, known.memo)
     if (stages := stages_of(state)) is not None:
         held, error = merged(stages, held, error)
-    plan = planned(held.lies, env.world)
-    name = _agree(env, _said(held, plan), error, folder_name(state.step))
+    plan = known.planned(held.lies)
+    name = _agree(env, held, plan, error, folder_name(state.step))
     store = storage.inside(storage.at(url), name)
     manifest = Manifest(
         about(state.step, state.skipped, env.world),
@@ -81,7 +84,7 @@ def decide(
         held.values,
         base(held.left),
     )
-    return Job(env, store, _slabs(env, plan, held), manifest, metrics or {})
+    return Job(env, store, _slabs(known, held), manifest, metrics or {})
 
 
 def about(step: int, skipped: int, world: int) -> dict[str, Any]:
@@ -98,68 +101,74 @@ def about(step: int, skipped: int, world: int) -> dict[str, Any]:
 
 
 def _held(
-    env: Env, state: State, select: Selector | None
+    env: Env, state: State, select: Selector | None, memo: dict[Any, Any]
 ) -> tuple[Contents, Exception | None]:
     """What is saved, or why it cannot be; on several ranks for `_agree` to raise."""
     try:
-        return contents(state, env.rank, env.world, env.device, select), None
+        return contents(state, env, select, memo), None
     except Exception as error:  # a state_dict of the user's may raise anything
         if env.world == 1:
             raise
         return Contents({}, {}, {}, {}, {}), error
 
 
-def _said(held: Contents, plan: Plan) -> dict[str, str]:
-    """By what ranks compare their states: what must be one and the same on each.
+def _own(held: Contents) -> dict[str, str]:
+    """Digests of what users write: of plain data and ties, and of buffers and slots.
 
-    Of weights and optimizers it is how they lie: steps keep them the same. What users
-    write into buffers and slots is compared to the bit, since ranks share the writing.
+    These are compared to the bit, since ranks share the writing. Of weights and
+    optimizers ranks compare how they lie: steps keep them the same.
     """
     said = {k: digest(dumps(v)) for k, v in held.values.items()}
     said["ties"] = digest(dumps(held.aliases))
-    cuts = [digest(repr(layout).encode()) for layout in plan.layouts]
-    for k, e in plan.entries.items():
-        said[k] = f"{e.dtype} {e.shape} {cuts[e.layout]}"
-        tensor = held.tensors.get(k)  # other stages may have it
-        if k in held.own and isinstance(tensor, Tensor) and not _is_cut(held, k):
-            said[k] += f" {fingerprint(tensor)}"
+    for k in held.own:
+        tensor = held.tensors[k]
+        if isinstance(tensor, Tensor) and held.lies[k].slices is None:
+            said[k] = f"{said.get(k, '')} {fingerprint(tensor)}"
     return said
 
 
-def _is_cut(held: Contents, name: str) -> bool:
-    return held.lies[name].slices is not None
-
-
-def _agree(env: Env, said: dict[str, str], error: Exception | None, name: str) -> str:
+def _agree(
+    env: Env, held: Contents, plan: Plan, error: Exception | None, name: str
+) -> str:
     """Rank 0's name for the folder, once all ranks describe the same state."""
     told = None if error is None else str(error)
     if told is not None and not isinstance(error, CheckpointError):
         told = f"{type(error).__name__}: {error}"
-    ranks = comm.gather_objects(env, (name, digest(dumps(said)), told))
+    own = _own(held)
+    both = digest(dumps([own, plan.digest]))
+    ranks = comm.gather_objects(env, (name, both, told))
     for rank, (_, _, failure) in enumerate(ranks):
         if failure is not None:
             raise CheckpointError(f"rank {rank}: {failure}") from error
     if len({one for _, one, _ in ranks}) > 1:
-        each = comm.gather_objects(env, said)
-        names = {k: None for one in each for k in one}
-        odd = [k for k in names if len({one.get(k) for one in each}) > 1]
         raise CheckpointError(
             f"a checkpoint wants the same state on each of {env.world} ranks, but they "
-            f"differ in {', '.join(odd[:5])}; make it the same (ax.broadcast), or keep "
-            "what is a rank's own out of the slots"
+            f"differ in {', '.join(_odd(env, own, plan))}; make it the same "
+            "(ax.broadcast), or keep what is a rank's own out of the slots"
         )
     return ranks[0][0]
 
 
-def _slabs(env: Env, plan: Plan, held: Contents) -> list[Slab]:
+def _odd(env: Env, own: Mapping[str, str], plan: Plan) -> list[str]:
+    """Up to five names under which ranks describe different things. A collective."""
+    said = dict(own)
+    for k, lies in plan.said.items():
+        said[k] = f"{lies} {said.get(k, '')}"
+    each = comm.gather_objects(env, said)
+    names = {k: None for one in each for k in one}
+    return [k for k in names if len({one.get(k) for one in each}) > 1][:5]
+
+
+def _slabs(known: Known, held: Contents) -> list[Slab]:
     slabs = list[Slab]()
-    for name, piece, box in plan.of(env.rank):
-        entry = plan.entries[name]
-        local = local_at(held.tensors[name], box)
-        if held.lies[name].slices is None:  # whole on each rank, and cut between them
-            local = inside(local, box, whole(entry.shape))
-        data = flat(local)
-        slabs.append(Slab(name, entry.number, piece, entry.dtype, box.shape, data))
+    for one in known.shares:
+        data = local_at(held.tensors[one.name], one.box)
+        if one.cut:
+            data = inside(data, one.box, whole(one.entry.shape))
+        entry = one.entry
+        slabs.append(
+            Slab(one.name, entry.number, one.piece, entry.dtype, one.shape, data)
+        )
     return slabs
 
 

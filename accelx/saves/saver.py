@@ -22,6 +22,7 @@ from accelx.saves.commit import (
     step_of,
 )
 from accelx.saves.fingerprint import fingerprints
+from accelx.saves.plan import Known
 from accelx.saves.retain import Retain
 from accelx.saves.save import Job, decide, run
 from accelx.state import State, Transient
@@ -38,6 +39,9 @@ class Saver(Transient):
     select: Selector | None = None
     base: Mapping[str, Any] | None = None  # fingerprints of weights that are left out
     background: Background = attrs.field(factory=Background)
+    known: Known = attrs.field(  # of the saves before
+        default=attrs.Factory(lambda self: Known(self.env.rank, self.env.world), True)
+    )
     saved: int = -1  # the position that was saved last
     told: bool = False  # whether it was looked for what a user should hear once
 
@@ -48,9 +52,8 @@ class Saver(Transient):
         """Save `state`; with `wait` it is committed on return."""
         self.background.join()
         check_select(state, self.select)
-        job = decide(
-            self.env, state, self.url, self.select, metrics, self._fingerprints
-        )
+        rest = self.select, metrics, self._fingerprints, self.known
+        job = decide(self.env, state, self.url, *rest)
         self.saved = state.position
         if wait:
             url = run(job, lambda _, told: comm.gather_objects(self.env, told))

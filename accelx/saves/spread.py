@@ -44,6 +44,15 @@ class Absent:
             "own, tied: head.weight = embed.weight"
         )
 
+    def __getattr__(self, name: str) -> Any:
+        """Raise AttributeError: there is a shape, and no numbers."""
+        if name.startswith("__") or name in ("name", "shape", "dtype", "device"):
+            raise AttributeError(name)  # of a copy that is being made
+        raise AttributeError(
+            f"{self.name} is a weight of another stage, of which there is no .{name} "
+            "here; in a loss use what model(...) returns"
+        )
+
 
 def elsewhere(model: nn.Module) -> frozenset[str]:
     """Names of weights and buffers of this model that other stages hold."""

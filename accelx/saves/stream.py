@@ -95,7 +95,7 @@ def streamed(
 
 def _stream(here: Room, held: Mapping[str, Held]) -> Generator[tuple[str, Tensor]]:
     with _leaving(here, 0):  # a generator that was never started ends without a word
-        yield "", torch.empty(0)
+        yield "", torch.empty(0, device="cpu")
     for at, (name, tensor) in enumerate(held.items()):
         meet(here, at)
         with _leaving(here, at + 1):

@@ -41,6 +41,10 @@ def encode(value: Any, path: str, keep: Keep, level: int = 0) -> Any:
     """
     if level > LEVELS:
         raise _refused(f"{path} is nested deeper than {LEVELS} levels, or in itself")
+    if isinstance(value, _HELD):
+        _plain(value, path)
+        keep(path, value)
+        return {"$": "tensor", "cpu": value.is_cpu}
     if value is None or isinstance(value, _PLAIN):
         return value
     if type(value) is int:
@@ -49,10 +53,6 @@ def encode(value: Any, path: str, keep: Keep, level: int = 0) -> Any:
     if isinstance(value, float):  # NumPy's too, as schedules compute them
         number = float(value)
         return number if math.isfinite(number) else {"$": "float", "v": repr(number)}
-    if isinstance(value, _HELD):
-        _plain(value, path)
-        keep(path, value)
-        return {"$": "tensor", "cpu": value.device.type == "cpu"}
     if type(value) in (list, tuple):
         each = [encode(v, f"{path}.{i}", keep, level + 1) for i, v in enumerate(value)]
         return each if type(value) is list else {"$": "tuple", "v": each}
@@ -70,7 +70,7 @@ def _plain(value: Held, path: str) -> None:
             f"{path} is a {kind.__name__}, a tensor of a class of its own, which a "
             "checkpoint cannot hold; save the plain tensors that it is made of"
         )
-    if value.layout is not torch.strided or value.device.type == "meta":
+    if value.layout is not torch.strided or value.is_meta:
         where = f"{value.layout} on {value.device}"
         raise CheckpointError(
             f"{path} wants to be a dense tensor with numbers in it, got {where}; "

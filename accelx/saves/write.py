@@ -12,7 +12,7 @@ from accelx import storage
 from accelx.saves.boxes import Ints
 from accelx.saves.dtypes import KINDS
 from accelx.saves.manifest import CHUNK, Index, Part, Where, write_index
-from accelx.saves.memory import BLOCK, chunks, pieces
+from accelx.saves.memory import BLOCK, chunks, flat, pieces
 from accelx.saves.strict import digest, hasher
 from accelx.storage import Store
 
@@ -29,12 +29,17 @@ class Slab:
     piece: int  # its number in the tensor's layout
     dtype: str
     shape: Ints
-    data: Tensor  # (n,) uint8
+    held: Tensor  # its elements, or their bytes
+
+    @property
+    def data(self) -> Tensor:
+        """The bytes, (n,) uint8; a view where they lie in a row."""
+        return flat(self.held)
 
     @property
     def size(self) -> int:
         """Bytes."""
-        return self.data.numel()
+        return self.held.nbytes
 
 
 def write_part(store: Store, number: int, slabs: Sequence[Slab]) -> Part:

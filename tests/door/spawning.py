@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(__file__).parent / "scripts"
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_PORT", "OMP_NUM_THREADS")
 PLAIN = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
+LONG = 150  # seconds, which only what hangs takes: under pytest's own limit
 
 
 def command(*words):
@@ -29,7 +30,7 @@ def environment(**more):
     return {**PLAIN, "PYTHONPATH": str(ROOT), **more}
 
 
-def launch(*words, timeout=60, **more):
+def launch(*words, timeout=LONG, **more):
     """Run the launcher in the folder of scripts; what it wrote, and its exit code."""
     return subprocess.run(
         command(*words),
@@ -43,12 +44,12 @@ def launch(*words, timeout=60, **more):
     )
 
 
-def program(file, *words, timeout=60):
+def program(file, *words, timeout=LONG, **more):
     """Run a Python program that calls `accelx.spawn` itself."""
     return subprocess.run(
         [sys.executable, str(file), *words],
         cwd=SCRIPTS,
-        env=environment(),
+        env=environment(**more),
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -84,8 +85,9 @@ class Forked:
     are for tests of how a program itself starts and leaves.
     """
 
-    def __init__(self, *words, stdout=None, folder=SCRIPTS, step=None, **more):
-        message = [[*map(str, words)], str(folder), environment(**more), step]
+    def __init__(self, *words, stdout=None, folder=SCRIPTS, changes=(), **more):
+        place = [str(folder), environment(**more), dict(changes)]
+        message = [[*map(str, words)], *place]
         pipes = [os.pipe() for _ in range(3)]
         ends = [write for _, write in pipes]
         outs = ends if stdout is None else [stdout, stdout, ends[2]]
@@ -112,7 +114,8 @@ class Forked:
     def send_signal(self, number):
         """Send it, unless the launcher has ended."""
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # just now
+                os.kill(self.pid, number)
 
     def kill(self):
         """Its ranks end with it."""
@@ -143,13 +146,13 @@ def forked(*words, **more):
 def together(jobs, at_once=100):
     """Run forked launchers side by side: how each ended.
 
-    `jobs` is name -> words, or (words, step) with `step` as server.py reads it.
+    `jobs` is name -> words, or (words, changes) with `changes` as server.py reads them.
     """
     server()  # one for all of them
 
     def run(job):
-        words, step = job if isinstance(job[0], tuple) else (job, None)
-        return forked(*words, step=step)
+        words, changes = job if isinstance(job[0], tuple) else (job, ())
+        return forked(*words, changes=changes)
 
     with ThreadPoolExecutor(at_once) as pool:
         return dict(zip(jobs, pool.map(run, jobs.values()), strict=True))

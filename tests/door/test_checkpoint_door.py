@@ -20,7 +20,7 @@ import accelx as ax
 from accelx import testing
 from accelx.checkpoints.door import main
 from tests import faulty
-from tests.door.spawning import environment
+from tests.door.spawning import LONG, environment
 from tests.laws.training import quiet_views
 from tests.saving import chain, train
 
@@ -502,7 +502,7 @@ def start(*words, **more):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LONG,
         check=False,
         stdin=subprocess.DEVNULL,
         **more,
@@ -647,14 +647,13 @@ def at_terminal(*words):
 
 def shown(terminal, end):
     """What the terminal shows, up to `end` or the end of the program."""
-    text = ""
-    while end is None or end not in text:
+    data = b""  # a read may end within a character
+    while end is None or end.encode() not in data:
         try:
-            came = os.read(terminal, 1 << 16).decode()
+            data += os.read(terminal, 1 << 16)
         except OSError:  # the other end was closed
             break
-        text += came
-    return text
+    return data.decode()
 
 
 @pytest.mark.parametrize(
@@ -671,7 +670,7 @@ def test_prune_asks_a_person(run, answer, code, left):
             process.send_signal(signal.SIGINT)
         else:
             os.write(terminal, f"{answer}\n".encode())
-        assert process.wait(30) == code
+        assert process.wait(LONG) == code
     assert list(steps(run)) == left
 
 
@@ -680,7 +679,7 @@ def test_progress_is_shown_on_a_terminal_only(run):
     with at_terminal("verify", run) as (process, terminal):
         bar = shown(terminal, None)
         table = process.stdout.read()
-        assert process.wait(30) == 0
+        assert process.wait(LONG) == 0
     quiet = start("verify", run)
     assert "verifying" in bar
     assert quiet.stderr == ""

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 import accelx as ax
-from tests.door.spawning import ROOT, SCRIPTS, environment
+from tests.door.spawning import LONG, ROOT, SCRIPTS, environment
 
-pytestmark = pytest.mark.door
+pytestmark = [pytest.mark.door, pytest.mark.timeout(4 * LONG)]
 
 FOLDER = ROOT / "examples/cluster"
 STEPS = 80
@@ -29,7 +29,7 @@ def run(*words, **more):
         env=environment(**{"OMP_NUM_THREADS": "1", "PATH": PATH, **more}),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LONG,
         check=False,
     )
 

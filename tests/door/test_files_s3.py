@@ -254,8 +254,10 @@ def train(env, patterns, url, log, killed=()):
         worker_init_fn=begun(log),
     )
     for batch in ax.feed(tx, loader, start=state):
-        if state.step == KILLED and env.rank in killed:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if state.step == KILLED and killed:
+            ax.barrier(env)  # each has noted what it did before
+            if env.rank in killed:
+                os.kill(os.getpid(), signal.SIGKILL)
         at = state.step
         state, _ = step(state, batch)
         rows = batch["names"][: rows_of(batch).rows]

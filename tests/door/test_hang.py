@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.door.spawning import SCRIPTS, begun, environment
+from tests.door.spawning import LONG, SCRIPTS, begun, environment
 
 pytestmark = pytest.mark.door
 MORE = "accelx.spawn: more: python -m accelx.doctor hang {}\n"
@@ -42,7 +42,7 @@ def doctor(*words):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LONG,
     )
 
 
@@ -74,7 +74,7 @@ def test_ctrl_backslash_shows_where_ranks_stand_and_the_run_goes_on(script):
         assert asked.returncode == 1
         assert json.loads(asked.stdout)["odd"] == [1]
         script.with_name("user-on").touch()
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=LONG)
         assert (process.returncode, errors) == (0, "")
     assert sorted(path.name for path in logs.iterdir()) == ["rank-0.log", "rank-1.log"]
 

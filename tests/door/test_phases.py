@@ -2,16 +2,17 @@
 
 import signal
 import subprocess
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import pytest
 
-from tests.door.spawning import SCRIPTS, command, environment
+from tests.door.spawning import LONG, SCRIPTS, command, environment
 from tests.unit.test_leaks import load
 
-pytestmark = pytest.mark.door
+pytestmark = [pytest.mark.door, pytest.mark.timeout(4 * LONG)]
 PHASES = ("start", "compile", "train", "evaluate", "save")
 CODES = {"SIGINT": 130, "SIGTERM": 143}
 
@@ -35,10 +36,18 @@ def told(phase, name, folder):
                 if seen == 2:
                     break
             process.send_signal(signal.Signals[name])
-            _, errors = process.communicate(timeout=90)
+            _, errors = process.communicate(timeout=LONG)
         finally:
             process.kill()
-    return seen, process.returncode, errors, load().survivors(mark)
+    return seen, process.returncode, errors, outlived(mark)
+
+
+def outlived(mark):
+    """What is left of a run, if it is not at its end just now."""
+    limit = time.monotonic() + 60
+    while (left := load().survivors(mark)) and time.monotonic() < limit:
+        time.sleep(0.05)
+    return left
 
 
 @cache
@@ -77,7 +86,7 @@ def test_what_was_saved_before_is_whole_and_the_next_run_goes_on(folder):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=LONG,
         check=False,
     )
     assert done.returncode == 0, done.stderr

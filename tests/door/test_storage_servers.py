@@ -149,6 +149,8 @@ def account(monkeypatch):
     monkeypatch.setattr(storage_retry, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(storage_retry, "LONGEST_WAIT", 0.01)
     monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
+    for name in ("connect_timeout", "read_timeout"):  # requests are counted
+        monkeypatch.setattr(f"s3fs.S3FileSystem.{name}", 120)
     monkeypatch.setattr(storage_s3, "PART", PART)
     forget()
     yield
@@ -479,11 +481,9 @@ def emulator():
     """A real server that speaks Google's protocol: its URL."""
     from gcp_storage_emulator.server import create_server
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket"):
-        yield f"http://127.0.0.1:{port}"
+    made = create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
+    with made as server:  # it has no name for the port that it was given
+        yield f"http://127.0.0.1:{server._api._httpd.server_address[1]}"
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from accelx.optimizers import param_groups
-from accelx.state import Transient
+from accelx.state import is_saved
 from tests.laws.training import local as local, whole
 
 WIDTH = 6  # rows on 4 ranks: 2, 2, 2, 0
@@ -131,7 +131,7 @@ def described(state, view=whole):
             params = [names[id(p)] for p in group["params"]]
             found[f"optim.{i}.group.{k}"] = viewed({**group, "params": params}, view)
     for name, slot in state.slots.items():
-        if not isinstance(slot, Transient):
+        if is_saved(slot):
             found[f"slots.{name}"] = viewed(slot, view)
     return found
 

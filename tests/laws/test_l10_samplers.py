@@ -69,6 +69,41 @@ def own_batches(n, size, drop_last, workers):
     return DataLoader(data, batch_sampler=sampler, num_workers=workers)
 
 
+class Named(Dataset):
+    """Items by the texts of their numbers, and lists of items by lists of them."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, key):
+        if isinstance(key, list):
+            return [torch.tensor(key)]
+        assert isinstance(key, str)
+        return [torch.tensor(int(key))]
+
+
+class Names(Walked):
+    """Draws texts."""
+
+    def __iter__(self):
+        return map(str, super().__iter__())
+
+
+def lists(n, size, drop_last, workers):
+    """torch's batch sampler as a sampler: the dataset makes a batch of a list."""
+    sampler = BatchSampler(Walked(n), size, drop_last)
+    return DataLoader(Named(n), None, sampler=sampler, num_workers=workers)
+
+
+def keys(n, size, drop_last, workers):
+    """A dataset that knows its items by texts."""
+    more = {"drop_last": drop_last, "num_workers": workers}
+    return DataLoader(Named(n), size, sampler=Names(n), **more)
+
+
 class Batches(BatchSampler):
     """torch's, as a class of the user's own."""
 
@@ -83,6 +118,11 @@ KINDS = {
     "items": lambda n, size, drop, workers: DataLoader(
         Whole(n), batch_size=None, shuffle=True, num_workers=workers
     ),
+    "items walked": lambda n, size, drop, workers: DataLoader(
+        Whole(n), batch_size=None, sampler=Walked(n), num_workers=workers
+    ),
+    "lists": lambda n, *a: lists(n, *a),
+    "keys": lambda n, *a: keys(n, *a),
 }
 
 
@@ -107,6 +147,12 @@ def judge(source, found):
         whole = DataLoader(
             source.dataset, None, sampler=[index[tuple(f)] for f in found]
         )
+    elif isinstance(source.dataset, Named):
+        texts = [list(map(str, batch)) for batch in found]
+        way = {"batch_sampler": texts}
+        if source.batch_size is None:
+            way = {"batch_size": None, "sampler": found}
+        whole = DataLoader(source.dataset, **way)
     else:
         whole = DataLoader(source.dataset, batch_sampler=found)
     return [batch[0].tolist() for batch in whole]

@@ -15,7 +15,9 @@ from torch.utils.data import IterableDataset, Subset, TensorDataset
 from accelx import comm
 from accelx.comm_split import share
 from accelx.errors import CollectiveError, DataError
+from accelx.loader import as_loader, batches
 from accelx.records import Env, Mean
+from accelx.rows import rows_of
 from accelx.testing import run
 
 pytestmark = pytest.mark.multi
@@ -263,7 +265,7 @@ def uneven(env):
 
 def test_ranks_that_do_not_match_are_all_told_how():
     """Leaf, ranks and both sides are in the error, the same one on every rank."""
-    told = run(3, timeout=30)(uneven)()
+    told = run(3)(uneven)()
     assert told[0] == told[1] == told[2]
     words = [
         "tree['x'][0] is float32 (2, 3) on ranks 0, 1, float32 (2, 4) on rank 2; bring",
@@ -320,7 +322,7 @@ def test_a_collective_inside_on_main_raises_at_once(world):
         told = comm.on_main(env, body)
         return told, comm.reduce(env, 1, "sum")
 
-    (told, total), *others = run(world, timeout=30)(fn)()
+    (told, total), *others = run(world)(fn)()
     assert all(
         f"{name}" in text and "inside on_main" in text and "before or after" in text
         for name, text in told.items()
@@ -371,11 +373,11 @@ def test_a_body_that_fails_on_main_fails_everywhere():
 
         return caught(body), ran, comm.reduce(env, 1, "sum")
 
-    assert run(2, timeout=30)(fn)(OSError("disk full")) == [
+    assert run(2)(fn)(OSError("disk full")) == [
         ("OSError: disk full", [0], 2),
         ("OSError: disk full", [], 2),
     ]
-    _, (told, ran, _) = run(2, timeout=30)(fn)(OddError("what it said", 1))
+    _, (told, ran, _) = run(2)(fn)(OddError("what it said", 1))
     assert "CollectiveError" in told
     assert "what it said" in told
     assert not ran
@@ -387,7 +389,10 @@ def test_every_item_is_some_rank_s_and_padding_is_even(count, world, pad):
     parts = [share(count, world, rank) for rank in range(world)]
     assert [i for part in parts for i in part] == list(range(count))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    assert list(map(len, parts)) == sorted(map(len, parts), reverse=True)
+    read = as_loader(TensorDataset(torch.arange(count)), batch_size=max(1, count))
+    for rank, part in enumerate(parts) if count else ():  # as `feed` cuts a batch
+        (batch,) = batches(attrs.evolve(read, rank=rank, world=world))
+        assert batch[0][: rows_of(batch).rows].tolist() == part
     padded = [share(count, world, rank, pad=True) for rank in range(world)]
     assert {len(part) for part in padded} == {-(-count // world)}
     for own, more in zip(parts, padded, strict=True):
@@ -404,17 +409,17 @@ def test_split_keeps_the_type_and_leaves_the_items():
     """Lists, tuples, tensors, dicts of them and datasets."""
     items = {"a": [1, 2, 3, 4], "b": torch.arange(4)}
     before = copy.deepcopy(items)
-    assert parts([1, 2, 3, 4]) == [[1, 2], [3], [4]]
-    assert parts((1, 2, 3, 4), pad=True) == [(1, 2), (3, 3), (4, 4)]
+    assert parts([1, 2, 3, 4]) == [[1], [2], [3, 4]]
+    assert parts((1, 2, 3, 4), pad=True) == [(1, 1), (2, 2), (3, 4)]
     assert parts([1], pad=True) == [[1], [1], [1]]
-    assert [part.tolist() for part in parts(torch.arange(4))] == [[0, 1], [2], [3]]
+    assert [part.tolist() for part in parts(torch.arange(4))] == [[0], [1], [2, 3]]
     cut = parts(items, pad=True)
-    assert [(p["a"], p["b"].tolist()) for p in cut][1] == ([3, 3], [2, 2])
+    assert [(p["a"], p["b"].tolist()) for p in cut][1] == ([2, 2], [1, 1])
     assert items.keys() == before.keys()
     assert items["a"] == before["a"]
     subsets = parts(TensorDataset(torch.arange(4)))
     assert all(isinstance(part, Subset) for part in subsets)
-    assert [[int(x) for (x,) in part] for part in subsets] == [[0, 1], [2], [3]]
+    assert [[int(x) for (x,) in part] for part in subsets] == [[0], [1], [2, 3]]
     assert parts([1, 2], world=1) == [[1, 2]]
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -74,6 +75,12 @@ def programs(body, folder, world=2):
     return [(code, log.read_text()) for code, log in zip(codes, logs, strict=True)]
 
 
+def until_unserved(env):
+    """Wait until rank 0 has gone: torch logs a store that goes while it is asked."""
+    while env_module._answers(urlsplit(env.rendezvous)):
+        time.sleep(0.05)
+
+
 def test_starts_in_a_row_end_clean(tmp_path):
     """Each ends with code 0 and nothing on standard error, however ranks leave."""
 
@@ -116,13 +123,37 @@ def test_ranks_that_leave_at_once_break_no_other(tmp_path):
         assert programs(body, folder, world=4) == [(0, "")] * 4
 
 
+def test_ranks_meet_once_all_have_their_meshes(tmp_path, monkeypatch):
+    """One that left before would break those that still connect within an axis."""
+
+    def fn(env):
+        made, mesh = tmp_path / str(env.rank), comm.mesh
+
+        def noted(part):
+            found = mesh(part)
+            time.sleep(0.1 * env.main)
+            with made.open("a") as file:
+                file.write("x")
+            return found
+
+        monkeypatch.setattr(comm, "mesh", noted)
+        connect(env, axes="a=2,b=-1")
+        return made.read_text(), (tmp_path / "0").read_text()
+
+    for mine, of_main in run(4)(fn)():
+        assert mine == of_main != ""
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_failure_ends_the_program_and_hangs_nobody(tmp_path, rank):
     """The rank that failed says why, with code 1; the other leaves at its own end."""
 
     def body():
-        if connect(device="cpu").rank == rank:
+        env = connect(device="cpu")
+        if env.rank == rank:
             raise KeyError("the cause")
+        if env.rank:
+            until_unserved(env)
 
     ends = programs(body, tmp_path)
     code, said = ends.pop(rank)
@@ -136,7 +167,9 @@ def test_a_rank_that_outlives_the_store_leaves_quietly(tmp_path, monkeypatch):
     monkeypatch.setattr(env_module, "GOODBYE", 0.0)
 
     def body():
-        time.sleep(0.5 * connect(device="cpu").rank)
+        env = connect(device="cpu")
+        if env.rank:
+            until_unserved(env)
 
     assert programs(body, tmp_path) == [(0, ""), (0, "")]
 

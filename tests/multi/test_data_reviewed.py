@@ -85,9 +85,48 @@ def drawing(kind):
     return DataLoader(ITEMS, 4, sampler=Drawing(kind))
 
 
+class Shuffled:
+    """A sampler that shuffles its buckets in place, and holds them in a slot."""
+
+    __slots__ = ("buckets",)
+
+    def __init__(self, *buckets):
+        self.buckets = list(buckets)
+
+    def __len__(self):
+        return 10
+
+    def __iter__(self):
+        for bucket in self.buckets:
+            random.shuffle(bucket)
+        return itertools.chain(*self.buckets)
+
+
+class Several(Sampler):
+    """Samplers in a list, of which each has a generator of its own."""
+
+    def __init__(self):
+        parts, drawn = [ITEMS[:5], ITEMS[5:]], torch.Generator()
+        self.each = [RandomSampler(part, generator=drawn) for part in parts]
+
+    def __len__(self):
+        return 10
+
+    def __iter__(self):
+        first, second = map(list, self.each)
+        return iter(first + [5 + i for i in second])
+
+
+def shuffled(*buckets):
+    return DataLoader(ITEMS, 4, sampler=Shuffled(*buckets))
+
+
 KINDS = {
     **{kind: lambda kind=kind: drawing(kind) for kind in ("python", "numpy", "torch")},
     "nested": nested,
+    "array": lambda: shuffled(numpy.arange(10)),
+    "buckets": lambda: shuffled([8, 2, 4, 6, 0], [9, 1, 3, 5, 7]),
+    "several": lambda: DataLoader(ITEMS, 4, sampler=Several()),
 }
 
 
@@ -176,7 +215,7 @@ def test_an_endless_sampler_gives_as_many_steps_as_are_asked_for():
         return fed(env, source, 0, 8), fed(env, source, 5, 8)
 
     try:
-        ((whole, rest),) = run(1, timeout=4)(endless)()
+        ((whole, rest),) = run(1)(endless)()
     except RankError as error:
         pytest.fail(f"it hangs: {error}")
     assert [len(b) for b in whole] == [4] * 8
@@ -392,7 +431,7 @@ def differing(env, what, folder):
 def test_ranks_with_different_data_hear_of_it_together(what, tmp_path):
     """No rows or nothing to do on one rank; other settings, files, order of sources."""
     try:
-        texts = run(2, timeout=15)(differing)(what, tmp_path)
+        texts = run(2)(differing)(what, tmp_path)
     except RankError as error:
         pytest.fail(f"ranks part: {str(error)[-300:]}")
     if what == "nothing":

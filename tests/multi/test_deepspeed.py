@@ -99,7 +99,7 @@ def folder():
 def launched(parts):
     """What each rank found in each part, in one launch: importing it takes longest."""
     kept = folder()  # one for all ranks
-    return testing.run(2, timeout=170)(
+    return testing.run(2, timeout=270)(
         lambda env: [part(env, kept) for part in parts]
     )()
 

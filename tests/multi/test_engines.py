@@ -480,6 +480,23 @@ def partly():
     return Partly().double()
 
 
+class Handing(Partly):
+    """It also returns a weight of its own as it is, as that of a loss is."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((2,), 0.5))
+
+    def forward(self, x):
+        return super().forward(x), {"scale": self.scale}
+
+
+def handing():
+    """The same Handing each time."""
+    torch.manual_seed(0)
+    return Handing().double()
+
+
 def square(model, batch):
     """A mean over rows."""
     return model(batch[0]).square().mean()
@@ -509,11 +526,15 @@ def test_parameters_without_a_gradient_are_named_with_the_choices(kind):
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_unused_allow_is_the_run_of_one_process(kind):
-    """Also where only one rank's rows use the layer, and in later steps all do."""
+    """Also where only one rank's rows use the layer, and in later steps all do.
+
+    A weight that forward returns as it is counts as used.
+    """
 
     def loss(model, batch):
         model.asked = bool((batch[0] > 2).any())
-        return square(model, batch)
+        out, own = model(batch[0])
+        return (out * own["scale"].prod()).square().mean()
 
     draw = torch.Generator().manual_seed(3)
     data = [
@@ -523,12 +544,12 @@ def test_unused_allow_is_the_run_of_one_process(kind):
 
     def rank(env):
         tx = ax.shard_model(env, kind, blocks="layers.*", unused="allow")
-        state = ax.init(tx, partly, sgd)
+        state = ax.init(tx, handing, sgd)
         for batch in data:
             state, _ = ax.step(tx, loss)(state, t.part(env, batch))
         return compare(env, t.weights(state.model), judge)
 
-    judge = t.by_hand(partly, loss, sgd, data, limit=1e9, factor=lambda k: 1.0)[
+    judge = t.by_hand(handing, loss, sgd, data, limit=1e9, factor=lambda k: 1.0)[
         -1
     ].weights
     assert max(testing.run(2)(rank)()) < 1e-12

@@ -3,6 +3,7 @@
 import inspect
 import os
 import signal
+import threading
 import time
 from functools import cache
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 import accelx as ax
+from accelx import _torch
 from accelx.comm_ring import ring
 from accelx.doctors import hang
 from accelx.testing import RankError, run
@@ -121,11 +123,15 @@ def other_dtype(env):
 
 def stays_away(env):
     """Rank 1 is in code of the program's own for longer than it may be late."""
-    ax.with_lockstep(SOON)(env)
     ax.reduce(env, 1)  # the last
+    ring().check.__self__.timeout = SOON  # not before: a busy machine is late as well
+    store = _torch.prefixed("stays away", _torch.default_store())
     if env.rank == 1:
-        time.sleep(1.6 * SOON)
-    ax.reduce(env, torch.ones(2))  # not met
+        store.wait(["0", "2"])
+    try:
+        ax.reduce(env, torch.ones(2))  # not met
+    finally:
+        store.set(str(env.rank), "")
 
 
 def leaves(env):
@@ -275,16 +281,23 @@ def test_ranks_in_lockstep_are_let_be():
 def test_control_without_it_ranks_hang_and_leave_where_they_stand(tmp_path):
     """Nothing ends them for longer than they may be quiet; each has written by then."""
 
-    def quiet(rank):
-        return (tmp_path / f"rank-{rank}.stack").read_text().count("in hangs") == 2
+    def quiet(rank, mark):
+        at = line_of(hangs, mark).rpartition(":")[2]
+        return f"line {at} in hangs" in (tmp_path / f"rank-{rank}.stack").read_text()
+
+    def watch(enough):
+        while not (quiet(0, "# not met") and quiet(1, "# away")):
+            time.sleep(0.05)
+        enough.set()
 
     def hangs(env):
         env = ax.connect(env, device="cpu", timeout=SOON, reports=str(tmp_path))
         os.kill(os.getpid(), signal.SIGQUIT)  # the first stack; no end of the rank
         ax.reduce(env, 1)  # the last
         if env.rank == 1:
-            while not (quiet(0) and quiet(1)):
-                time.sleep(0.05)  # away
+            enough = threading.Event()
+            threading.Thread(target=watch, args=[enough], daemon=True).start()
+            enough.wait()  # away
             raise ValueError("enough")
         ax.reduce(env, torch.ones(2))  # not met
 

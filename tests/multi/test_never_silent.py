@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import accelx as ax
@@ -53,6 +54,18 @@ def refused(env, kind, loss, *passes, error=ax.AccelxError, unused="error"):
 
 def bypassed(model, x):
     return (model.a(x) + model.b(x)).square().mean()
+
+
+def read(model, x):
+    """A penalty on a weight that is a slice, beside the model's own forward."""
+    weight = model.a.weight
+    whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return whole.square().sum() + square(model, x)
+
+
+def mixed(model, x):
+    """The same without joining the slices."""
+    return model.a.weight.square().sum() + square(model, x)
 
 
 def by_rank(env):
@@ -197,6 +210,39 @@ def staged(env):
     return str(caught.value)
 
 
+def kept(model, x):
+    """A loss that computes the whole model again in its backward pass."""
+    return checkpoint(model, x, use_reentrant=False).square().mean()
+
+
+def kept_first(model, x):
+    """The same, by a forward pass without gradients."""
+    x = x.clone().requires_grad_()
+    return checkpoint(model, x, use_reentrant=True).square().mean()
+
+
+def gone_on(env, loss, *passes):
+    """Weights after two steps under ddp."""
+    tx = ax.chain(ax.shard_model(env, "ddp"), *passes)
+    state, step = ax.init(tx, Two, sgd), ax.step(tx, loss)
+    for _ in range(2):
+        state, _ = step(state, part(env))
+    return torch.cat([p.detach().flatten() for p in state.model.parameters()])
+
+
+def again(env):
+    """Gaps of a model that is computed again; a control; what the other way is told."""
+    model = Two()
+    for _ in range(2):
+        model.zero_grad()
+        square(model, X).backward()
+        sgd(model).step()
+    wanted = torch.cat([p.detach().flatten() for p in model.parameters()])
+    cases = ((kept,), (kept, ax.accumulate(3)), (lambda m, x: 2 * kept(m, x),))
+    gaps = [(gone_on(env, *case) - wanted).abs().max().item() for case in cases]
+    return gaps, refused(env, "ddp", kept_first)
+
+
 def on_two_ranks(env):
     texts = {"bypass": refused(env, "ddp", bypassed)}
     turns = iter(["ab", "a"])
@@ -207,6 +253,10 @@ def on_two_ranks(env):
     texts["late"] = refused(env, "ddp", late, ax.accumulate(2))
     texts["mixed"] = refused(env, "fsdp2", by_rank(env), unused="allow")
     texts["early"] = refused(env, "fsdp2", raising, error=ZeroDivisionError)
+    texts["read"] = refused(env, "fsdp2", read, error=ax.LossError)
+    with pytest.raises(RuntimeError) as caught:
+        refused(env, "fsdp2", mixed, error=ax.LossError)
+    texts["joined"] = " ".join(caught.value.__notes__)
     texts["halved"] = halved(env)
     texts["factored"] = factored(env)
     texts["held"] = held(env)
@@ -214,12 +264,13 @@ def on_two_ranks(env):
     texts["twice"] = twice_back(env)
     texts["stilled"] = [stilled(env, kind) for kind in ("ddp", "fsdp2")]
     texts["turned"] = {kind: turned(env, kind) for kind in ("ddp", "fsdp2")}
+    texts["again"] = again(env)
     return texts
 
 
 @cache
 def told():
-    return run(2)(on_two_ranks)()
+    return run(2, timeout=150)(on_two_ranks)()
 
 
 def test_ranks_that_would_train_apart_are_refused():
@@ -277,6 +328,55 @@ def test_what_would_be_lost_on_the_way_is_refused():
         for said in texts["stilled"]:
             assert "a.weight, a.bias were trainable at ax.init" in said
             assert "freeze before ax.init" in said
+
+
+def test_a_loss_that_reads_slices_is_told_what_to_write():
+    """Their gradient would be of one rank's rows, and in no sum over ranks."""
+    for texts in told():
+        assert "the loss reads a.weight past the model's forward" in texts["read"]
+        assert "the optimizer's weight_decay" in texts["read"]
+        assert "the optimizer's weight_decay" in texts["joined"]
+
+
+def test_a_model_in_a_checkpoint_of_torchs_own_trains_under_ddp():
+    """DDP counts what backward computes again once; another form is refused by name."""
+    for texts in told():
+        (one, cut, control), said = texts["again"]
+        assert max(one, cut) < 1e-12
+        assert control > 1e-3
+        assert "write use_reentrant=False" in said
+        assert "remat(" in said
+
+
+NORMS = {  # what is around a weight: whether microbatches change its numbers
+    nn.utils.parametrizations.spectral_norm: True,
+    nn.utils.parametrizations.weight_norm: False,
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_buffers_that_each_microbatch_moves_are_pointed_out(norm):
+    """Once, by name; the control is a norm that keeps none, and is exact."""
+
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(norm(nn.Linear(2, 4)), nn.Linear(4, 1)).double()
+
+    ends = []
+    for n in (1, 3):
+        tx = ax.accumulate(n)
+        state, step = ax.init(tx, make, sgd), ax.step(tx, square)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                state, _ = step(state, X)
+        ends.append(torch.cat([p.detach().flatten() for p in state.model.parameters()]))
+    texts = [str(w.message) for w in found if w.category is ax.NeutralityWarning]
+    assert ((ends[0] - ends[1]).abs().max() > 1e-12) == NORMS[norm]
+    assert len(texts) == NORMS[norm]
+    if texts:
+        assert "0.parametrizations.weight.0._u" in texts[0]
+        assert "accumulate(3) runs it 3 times a step" in texts[0]
 
 
 def test_batch_normalisation_over_microbatches_is_pointed_out():

@@ -335,7 +335,7 @@ def found(ranks):
 
     more = {2: lambda env: (control(env), halves(env, 2), refused(env))}
     more[4] = lambda env: (counts(env), halves(env, 4), staged(env))
-    return testing.run(ranks, timeout=150)(rank)()
+    return testing.run(ranks, timeout=270)(rank)()
 
 
 @pytest.mark.parametrize("ranks", CASES)

@@ -19,7 +19,8 @@ import time
 import accelx as ax
 
 def test_fine(ranks):
-    assert ranks(2)(lambda env, x: ax.reduce(env, env.rank + x, "sum"))(10) == [21, 21]
+    launch = ranks(2, timeout=60)
+    assert launch(lambda env, x: ax.reduce(env, env.rank + x, "sum"))(10) == [21, 21]
 
 def lonely(env):
     if env.main:
@@ -28,7 +29,7 @@ def lonely(env):
         time.sleep(60)
 
 def test_hangs(ranks):
-    ranks(2, timeout=3)(lonely)()
+    ranks(2, timeout=SECONDS)(lonely)()
 
 def test_hangs_by_the_setting(ranks):
     ranks(2)(lonely)()
@@ -37,8 +38,9 @@ def wrong(env):
     assert env.rank == 0, "not rank 0"
 
 def test_fails(ranks):
-    ranks(2)(wrong)()
+    ranks(2, timeout=60)(wrong)()
 """
+LIMITS = (3, 12, 48)  # seconds; a busy machine starts no rank in the first of them
 
 
 @pytest.fixture
@@ -46,7 +48,7 @@ def outside(tmp_path):
     """Run pytest with the plug-in on a file of a user's own."""
 
     def call(seconds):
-        (tmp_path / "test_own.py").write_text(FILE)
+        (tmp_path / "test_own.py").write_text(FILE.replace("SECONDS", str(seconds)))
         (tmp_path / "pytest.ini").write_text(f"[pytest]\naccelx_timeout = {seconds}\n")
         words = ["-p", "accelx.pytest_plugin", "-q", "--color=no", "--tb=short"]
         return subprocess.run(
@@ -55,7 +57,7 @@ def outside(tmp_path):
             env=environment(PYTEST_DISABLE_PLUGIN_AUTOLOAD="1"),
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=170,
         )
 
     return call
@@ -63,10 +65,14 @@ def outside(tmp_path):
 
 def test_a_users_own_tests_run_with_it(outside):
     """One passes; two hang and show where; one fails with its own message."""
-    done = outside(3)
+    for limit in LIMITS:
+        done = outside(limit)
+        if done.stdout.count("in lonely") >= 4:  # of two ranks in two tests
+            break
     assert "3 failed, 1 passed" in done.stdout, done.stdout + done.stderr
-    assert done.stdout.count("ranks [0, 1] of 2 had not finished after 3 s") >= 2
-    assert done.stdout.count("in lonely") >= 4  # of two ranks in two tests
+    assert done.stdout.count("in lonely") >= 4
+    late = f"ranks [0, 1] of 2 had not finished after {limit} s"
+    assert done.stdout.count(late) >= 2
     assert "rank 1 of 2 failed" in done.stdout
     assert "not rank 0" in done.stdout
 
@@ -91,12 +97,21 @@ def asleep():
     time.sleep(60)
 
 
+def hung(n, fn, *places):
+    """What is said of ranks that hang once they have come to these places."""
+    for limit in LIMITS:
+        with pytest.raises(RankError) as failed:
+            run_with_stacks(n, timeout=limit)(fn)()
+        said = str(failed.value)
+        assert f"had not finished after {limit} s" in said
+        if all(place in said for place in places):
+            break
+    return said
+
+
 def test_a_deadlock_shows_where_each_rank_stands():
     """The collective on one side, the cause on the other, and nothing of ours."""
-    with pytest.raises(RankError) as failed:
-        run_with_stacks(2, timeout=3.0)(waiting)()
-    said = str(failed.value)
-    assert "had not finished after 3 s" in said
+    said = hung(2, waiting, "in barrier", "in asleep")
     zero, one = said.split("rank 1 stands at:")
     assert "rank 0 stands at:" in zero
     assert "in barrier" in zero
@@ -114,11 +129,10 @@ def test_a_rank_with_threads_is_shown_by_its_main_one():
         threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
         asleep()
 
-    with pytest.raises(RankError) as failed:
-        run_with_stacks(1, timeout=2.0)(busy)()
-    assert "in asleep" in str(failed.value)
-    assert "in busy" in str(failed.value)
-    assert "in run" not in str(failed.value)
+    said = hung(1, busy, "in asleep")
+    assert "in asleep" in said
+    assert "in busy" in said
+    assert "in run" not in said
 
 
 def test_what_ends_in_time_is_as_without_it():
@@ -180,17 +194,29 @@ def test_axes_and_arguments_reach_the_ranks():
     assert each == [([("replicate", 1), ("shard", 2)], (1, "two"))] * 2
 
 
+def dumped_after(path, fn, seconds=0.2):
+    """What is dumped after a call that has ended before it was time for the dump."""
+    at = time.monotonic() + seconds
+    ended = fn(at)
+    if time.monotonic() > at - seconds / 2:  # a busy machine: the call took longer
+        return dumped_after(path, fn, 2 * seconds)
+    time.sleep(max(0.0, at - time.monotonic()) + 0.2)
+    return ended, path.read_text()
+
+
 def test_the_dump_is_called_off_where_a_function_returns(tmp_path):
     """What a rank does afterwards, its goodbye say, is not dumped."""
     path = tmp_path / "0"
-    at = time.monotonic() + 0.2
-    assert pytest_plugin._watched(path, at, lambda x: x + 1, 1) == 2
-    time.sleep(0.4)
-    assert path.read_text() == ""
-    with pytest.raises(KeyError):
-        pytest_plugin._watched(path, at + 1, {}.__getitem__, 1)
-    time.sleep(0.2)
-    assert path.read_text() == ""
+
+    def returns(at):
+        return pytest_plugin._watched(path, at, lambda x: x + 1, 1)
+
+    def raises(at):
+        with pytest.raises(KeyError):
+            pytest_plugin._watched(path, at, {}.__getitem__, 1)
+
+    assert dumped_after(path, returns) == (2, "")
+    assert dumped_after(path, raises) == (None, "")
 
 
 def test_without_the_fixture_nothing_of_torch_is_imported():

@@ -13,7 +13,7 @@ from accelx import storage, testing
 from accelx.saves.background import FAILED, Background
 from tests import saving
 from tests.laws import odd
-from tests.laws.training import local, made, quiet_views
+from tests.laws.training import local, made, masked, quiet_views
 
 pytestmark = [pytest.mark.multi, quiet_views]
 PLACES = [(1, "ddp"), (2, "ddp"), (2, "fsdp2")]
@@ -23,7 +23,7 @@ def held_back(gate, write=storage.write):
     """`storage.write` that waits until `gate` is set."""
 
     def slow(*args):
-        assert gate.wait(30)
+        assert gate.wait(50)
         write(*args)
 
     return slow
@@ -60,6 +60,49 @@ def test_what_changes_after_the_snapshot_is_not_written(world, kind, tmp_path):
     """The checkpoint holds the state of the step that was saved, to the bit."""
     places = testing.run(world)(overwritten)(kind, str(tmp_path), True)
     assert places == [[]] * world
+
+
+def test_a_slot_may_change_its_shape_from_save_to_save(tmp_path):
+    """What saves have in common is no more than what stayed as it was."""
+    grow = ax.transform(
+        "mine",
+        start=lambda state, tx: ax.with_slot(state, "mine", torch.ones(0)),
+        after=lambda state, out: (
+            ax.with_slot(state, "mine", torch.full((state.step % 3,), 1.0)),
+            out,
+        ),
+    )
+    env = ax.Env()
+    save = ax.save_state(env, str(tmp_path), every=1, wait=False)
+    state, _ = saving.train(saving.chain(env, "ddp", grow, save), 5)
+    state.slots["save_state"].background.join()
+    found = {}
+    for folder in tmp_path.iterdir():
+        load = ax.load_state(env, str(folder))
+        state = ax.init(saving.chain(env, "ddp", grow, load), made(), saving.grouped)
+        found[state.step] = state.slots["mine"].tolist()
+    assert found == {k: [1.0] * (k % 3) for k in range(1, 6)}
+
+
+@pytest.mark.parametrize("mode", [torch.device("meta"), torch.inference_mode()])
+def test_where_tensors_are_made_by_default_is_not_where_saves_are(mode, tmp_path):
+    """A default device, or a mode, around a save or a load changes neither."""
+    env = ax.Env()
+    save = ax.save_state(env, str(tmp_path), every=2, wait=False)
+    state, _ = saving.train(saving.chain(env, "ddp", save), 2)
+    wanted, saver = odd.described(state), state.slots["save_state"]
+    fresh = saving.chain(env, "ddp")
+    with mode:
+        saver.save(state, {}, wait=False)
+        saver.background.join()
+    found = ax.init(fresh, made(), saving.grouped)
+    with mode:
+        found = ax.load_state(env, str(tmp_path))(found)
+    assert odd.differing(wanted, odd.described(found)) == []
+    weights = [*found.model.parameters(), *moments(found)]
+    assert not any(t.is_inference() or t.is_meta for t in weights)
+    step = ax.step(fresh, masked)
+    assert step(found, next(iter(ax.feed(fresh, saving.loader()))))[1].stepped
 
 
 def test_control_without_a_snapshot_the_change_is_written(tmp_path):
@@ -170,7 +213,7 @@ def test_a_program_ends_when_its_last_save_has(tmp_path):
         running[folder] = subprocess.Popen(
             [sys.executable, "-c", text], stdout=told, stderr=told, text=True
         )
-    said = [one.communicate(timeout=60) for one in running.values()]
+    said = [one.communicate(timeout=150) for one in running.values()]
     codes = [one.returncode for one in running.values()]
     good, bad = running
     assert [out for out, _ in said] == ["trained\n"] * 2, said

@@ -159,5 +159,7 @@ def test_a_number_that_keeps_nothing_is_refused(wrong, tmp_path):
     """At the call, with what to write."""
     with pytest.raises(ValueError, match=r"keep.*at least 1"):
         ax.save_state(ENV, str(tmp_path), every=1, keep=wrong)
+    with pytest.raises(ValueError, match=r"keep.*at least 1.*\[1\]"):
+        ax.save_state(ENV, str(tmp_path), every=1, keep=[1])
     with pytest.raises(ValueError, match=r"every.*at least 1"):
         ax.save_state(ENV, str(tmp_path), every=wrong)

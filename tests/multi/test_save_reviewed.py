@@ -221,10 +221,13 @@ def test_a_run_that_leaves_saves_again_where_the_save_beside_failed(world, tmp_p
 
 
 GROUP = """
-import os, signal, sys, time
+import os, signal, time
+from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 import accelx as ax
+
+sent = Path({sent!r})
 
 class Slow(torch.utils.data.Dataset):
     made = 0
@@ -233,8 +236,9 @@ class Slow(torch.utils.data.Dataset):
         return 64
 
     def __getitem__(self, at):
-        self.made += 1  # a worker's second batch is not there before the signal
-        time.sleep(0.4 if self.made > 8 else 0.001)
+        self.made += 1
+        while self.made > 8 and not sent.exists():  # nor is a worker's second batch
+            time.sleep(0.01)
         return torch.ones(2)
 
 env = ax.Env()
@@ -253,19 +257,19 @@ for batch in ax.feed(tx, DataLoader(Slow(), 8, num_workers=2), start=state):
     state, _ = step(state, batch)
     if state.step == 2:
         os.killpg(0, signal.SIGTERM)
-        time.sleep(0.5)
+        sent.touch()
 """
 
 
 def code_of(folder, heard):
     """The exit code of a program whose whole process group gets SIGTERM."""
-    text = GROUP.format(folder=folder, heard=heard)
+    text = GROUP.format(folder=folder, heard=heard, sent=f"{folder}-sent")
     told = subprocess.run(
         [sys.executable, "-c", text],
         start_new_session=True,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=150,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=False,
     )
@@ -325,7 +329,7 @@ def test_a_program_that_ends_waits_for_a_lost_rank_for_a_while(tmp_path):
         )
         for rank in range(2)
     ]
-    said = [one.communicate(timeout=60) for one in ranks]
+    said = [one.communicate(timeout=150) for one in ranks]
     assert [one.returncode for one in ranks] == [FAILED, 9], said
     assert "the run ended before all ranks had written" in said[0][1]
     assert ax.latest(folder) is None

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +26,7 @@ def test_the_door_says_that_all_is_well():
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=170,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     data = json.loads(done.stdout)
@@ -39,12 +38,21 @@ def test_the_door_says_that_all_is_well():
     assert not [s for s in said if s and "[Gloo]" not in s and "peer ranks" not in s]
 
 
-def test_nothing_is_left_of_the_checkpoint():
+def test_nothing_is_left_of_the_checkpoint(tmp_path, monkeypatch):
     """The folder that was saved into is gone on every rank."""
-    folder = Path(tempfile.gettempdir())
-    before = set(folder.glob("accelx-test-*"))
-    run(2)(checks.checkpoints)()
-    assert set(folder.glob("accelx-test-*")) <= before
+    made, real = tmp_path / "made", tempfile.mkdtemp
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def noted(*args, **named):
+        made.touch()
+        return real(*args, **named)
+
+    def rank(env):
+        monkeypatch.setattr(tempfile, "mkdtemp", noted)
+        checks.checkpoints(env)
+
+    run(2)(rank)()
+    assert list(tmp_path.iterdir()) == [made]  # it was there, and none is left
 
 
 def broken(env, name, monkeypatch):

@@ -632,6 +632,13 @@ def hooked():
     return model
 
 
+def void():
+    """A model with a trained weight of no numbers."""
+    model = nn.Linear(4, 4)
+    model.void = nn.Parameter(torch.zeros(0, 3))
+    return model
+
+
 REFUSED = {  # model, options, what the error says
     "renormed": (tabled(max_norm=1.0), {}, r"0 has max_norm=1\.0.*leave max_norm out"),
     "sparse": (tabled(sparse=True), {}, r"but 0 has sparse=True; write sparse=False"),
@@ -639,6 +646,7 @@ REFUSED = {  # model, options, what the error says
     "lazy": (lambda: nn.LazyLinear(4), {}, r"but weight, bias of this LazyLinear"),
     "none-ignored": (tiny, {"ignored": "layers.*.gamma"}, r"matches no weight.*write"),
     "scalar": (tiny, {}, r"but scale has none; write.*ignored='scale'"),
+    "empty": (void, {}, r"but void has none; leave it.*ignored='void'"),
     "container": (t.made(), {"blocks": "layers"}, r"is a ModuleList.*layers\.\*"),
     "two-dtypes": (
         doubled,

@@ -1,12 +1,14 @@
 """A model in stages over ranks is that of one process: every number, every save."""
 
 import re
+from collections import Counter
 from functools import cache
 
 import pytest
 import torch
 import torch.distributed.pipelining  # ranks are forked: once here, not once in each
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 import accelx as ax
@@ -97,6 +99,123 @@ def mean_of_means(env):
     return abs(run[-1].loss - judge[-1].loss)
 
 
+class Sent(TorchDispatchMode):
+    """Counts what goes between ranks inside it, by kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        space, _, name = func.name().partition("::")
+        self.counts[name] += space == "c10d"
+        return func(*args, **(kwargs or {}))
+
+
+def sent(env, tx, model, loss, batch):
+    """How many messages and sums a second step takes, which has learnt all shapes."""
+    state = ax.init(tx, model, sgd)
+    step, part = ax.step(tx, loss), t.part(rows_of(env), batch)
+    state, _ = step(state, part)
+    with Sent() as seen:
+        step(state, part)
+    return {name: count for name, count in seen.counts.items() if count}
+
+
+def messages(env, kind="ddp", **options):
+    """What a step sends: of the plainest model, and of one with a tie and a norm."""
+    cut = ax.shard_stages(env, "layers.2", 2)
+    tx = ax.chain(cut, ax.shard_model(env, kind, **options))
+    rows = [torch.ones(8, 3)]
+    bare = sent(env, tx, tiny(), lambda m, batch: square(m, batch[0]), rows)
+    tied = ax.chain(tx, ax.clip(1.0))
+    return bare, sent(env, tied, t.made()(), t.bare, t.batches((8,))[0])
+
+
+def sgd(model):
+    """The plainest optimizer."""
+    return torch.optim.SGD(model.parameters(), 0.1)
+
+
+def tiny(tied=False, apart=False):
+    """A Tiny without what is late; or where it shares a weight with the first stage.
+
+    That stage uses the weight, or with `apart` none does.
+    """
+    torch.manual_seed(3)
+    model = Tiny()
+    if not tied:
+        del model.late
+        return model
+    model.late = nn.Linear(4, 4, bias=False)
+    if apart:
+        model.layers[0].beside = nn.Linear(4, 4, bias=False)
+    first = model.layers[0].beside if apart else model.layers[0]
+    model.late.weight = first.weight
+    return model
+
+
+def half_used(env):
+    """How far weights are from one process's, of which one stage uses a tied one."""
+    alone = tiny(tied=True)
+    optim, x = sgd(alone), torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+    square(alone, x).backward()
+    optim.step()
+    tx = ax.chain(ax.shard_stages(env, "layers.2", 2), ax.shard_model(env))
+    state, _ = ax.step(tx, square)(ax.init(tx, tiny(tied=True), sgd), x)
+    wanted = dict(alone.named_parameters(remove_duplicate=False))
+    named = list(state.model.named_parameters(remove_duplicate=False))
+    far = [(p - wanted[n]).abs().max().item() for n, p in named]
+    return max(far), "late.weight" in dict(named)
+
+
+def still(split):
+    """A model whose weights before `split` are frozen, as the first stage's are."""
+
+    def make():
+        model = t.made()()
+        held = True
+        for name, part in model.named_modules():
+            held = held and not name.startswith(split)
+            if held and name:
+                part.requires_grad_(name == "layers")
+        return model
+
+    return make
+
+
+def frozen(env, split):
+    """The gap, losses and norms too, of a first stage in which nothing is trained."""
+    tx = ax.chain(
+        ax.shard_stages(env, split, 2),
+        ax.shard_model(env),
+        ax.clip(t.LIMIT),
+        ax.with_schedule(t.curve),
+    )
+    data, found = t.batches(ROWS), []
+    judge = t.by_hand(still(split), t.masked, t.grouped, data)
+    state = ax.init(tx, still(split)(), t.grouped)
+    assert env.rank or not any(p.requires_grad for p in state.model.parameters())
+    step = ax.step(tx, t.masked)
+    for batch, wanted in zip(data, judge, strict=True):
+        state, out = step(state, t.part(rows_of(env), batch))
+        found.append(abs(float(out.loss) - wanted.loss))
+        found.append(abs(float(out.norm) - wanted.norm))
+    named = state.model.named_parameters()
+    far = [(p - wanted.weights[n]).abs().max().item() for n, p in named]
+    return max(found + far)
+
+
+def unused(env, kind, model):
+    """What a step says of weights that no row uses."""
+    tx = ax.chain(ax.shard_stages(env, "layers.2", 2), ax.shard_model(env, kind))
+    try:
+        ax.step(tx, square)(ax.init(tx, model, sgd), torch.ones(2, 3))
+    except ax.AccelxError as error:
+        return str(error)
+    return "nothing was raised"
+
+
 def two(env):
     """All that two ranks with a stage or two each are tried on."""
     found = {c: gap(env, chain(env, "ddp", c[0], c[2]), LOSSES[c[1]]) for c in TWO}
@@ -108,6 +227,10 @@ def two(env):
     after, out = step(state, t.batches(ROWS)[2])
     found["aux"] = float(out.aux["real"].value), out.aux["rows"].detach()
     found["held"] = ax.memory_report(env, after).held, names_of(after)
+    found["sent"] = messages(env)
+    found["half used"] = half_used(env)
+    found["frozen"] = frozen(env, "layers.2")
+    found["no use"] = unused(env, "ddp", tiny(tied=True, apart=True))
     return found | {"unshared": unshared(env), "means": mean_of_means(env)}
 
 
@@ -123,6 +246,11 @@ def test_two_ranks_make_the_run_of_one(case):
     """Every loss, norm and weight after every step, by every schedule, ties and all."""
     found = [rank[case][0] for rank in on_two()]
     assert max(found) < 1e-10, found
+
+
+def test_a_stage_may_have_nothing_that_is_trained():
+    """In float64, of which a norm over no weight knows nothing."""
+    assert max(rank["frozen"] for rank in on_two()) < 1e-10
 
 
 def test_control_ties_that_are_not_kept_are_another_run():
@@ -143,6 +271,39 @@ def test_what_a_loss_returns_beside_is_on_all_stages():
         real, rows = rank["aux"]
         assert real == pytest.approx(float(wanted["real"].value))
         assert torch.allclose(rows, wanted["rows"].detach(), atol=1e-12, rtol=0)
+
+
+def test_a_step_sends_what_a_schedule_does_and_one_sum_more():
+    """It has all that stages agree on; a tie and a norm are a sum each."""
+    each = {"send": 2, "recv_": 2}  # of two microbatches
+    for rank in on_two():
+        bare, tied = rank["sent"]
+        assert bare == {**each, "allreduce_": 1}
+        # of the ties of Net one is over stages
+        assert tied == {**each, "allreduce_": 3}
+
+
+def test_copies_of_stages_add_gradients_and_losses_alone():
+    """Two sums more; a third only where copies may use other weights (the control)."""
+    for rank in on_four():
+        strict, allowing = rank["sent"]
+        assert strict["allreduce_"] == 3
+        assert allowing["allreduce_"] == 4
+
+
+def test_a_tied_weight_that_one_stage_uses_moves_on_both():
+    """As in one process, to rounding, and without an error."""
+    for far, here in (rank["half used"] for rank in on_two()):
+        assert here
+        assert far < 1e-6
+
+
+def test_weights_without_a_use_are_named_on_every_rank():
+    """Tied ones too, and whoever holds the gradients until they are reduced."""
+    for rank in on_two():
+        assert re.search("no gradient .*layers.0.beside.weight", rank["no use"])
+    for text in (text for rank in on_four() for text in rank["no use"]):
+        assert re.search("no gradient .*late.weight", text), text
 
 
 def names_of(state):
@@ -187,6 +348,8 @@ def four(env):
     found["accumulate"] = gap(env, tx, t.bare)[0]
     found["fed"] = fed(env, chain(env, "fsdp2", "1f1b", 2))
     found["allowed"] = allowed(env)
+    found["sent"] = messages(env)[0], messages(env, unused="allow")[0]
+    found["no use"] = [unused(env, kind, Tiny()) for kind in ("ddp", "fsdp2")]
     return found
 
 
@@ -358,6 +521,16 @@ def fails_last(model, x):
     return model(x)[..., 7].mean()
 
 
+def penalised(model, x):
+    """A loss that adds up the weights, of which each rank has some."""
+    return square(model, x) + 0.1 * sum(p.square().sum() for p in model.parameters())
+
+
+def picked(model, x):
+    """A loss that reads one weight, of the first stage."""
+    return square(model, x) + model.embed.weight.square().sum()
+
+
 def floats(model, x):
     """A loss with a number of each microbatch beside it."""
     return square(model, x), {"share": 0.5}
@@ -405,6 +578,8 @@ REFUSED = {  # model, loss, arguments, words of the error
         "wants 2 stages.*makes 3",
     ),
     "aux": ("", floats, {}, "does not add up to one"),
+    "sums": ("", penalised, {}, "goes through the weights.*weight_decay"),
+    "picks": ("", picked, {}, "another stage, of which there is no .square here"),
     "each": (
         "",
         square,
@@ -431,7 +606,7 @@ def refused(env):
             state = ax.init(tx, model, lambda m: torch.optim.SGD(m.parameters(), 0.1))
             ax.step(tx, loss)(state, x)
             found[name] = "nothing was raised"
-        except (ax.AccelxError, ValueError, IndexError) as error:
+        except (ax.AccelxError, ValueError, LookupError, AttributeError) as error:
             found[name] = f"{type(error).__name__}: {error}"
     return found | {"misuse": misuse(env), "sampled": sampled(env)}
 
@@ -450,6 +625,7 @@ def misuse(env):
         lambda: ax.fork(state),
         lambda: ax.save_state(env, "memory://x", select="trainable")(state),
         lambda: next(iter(ax.stream_weights(env, state))),
+        lambda: ax.measure(tx, penalised)(state, torch.ones(2, 3)),
     ):
         try:
             with torch.set_grad_enabled(len(found) != 2):
@@ -498,6 +674,7 @@ def test_calls_that_are_no_step_are_refused():
         "save_state it",
         "leave select out",
         "take it from there",
+        "goes through the weights",
     )
     for rank in refusals():
         for text, word in zip(rank["misuse"], words, strict=True):

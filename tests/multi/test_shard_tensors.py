@@ -139,6 +139,11 @@ def bare(model, batch):
     return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[0].flatten())
 
 
+def squares(model, batch):
+    """What is not cross_entropy, of logits that may be cut."""
+    return model(batch[0]).square().mean()
+
+
 def train(env, tx, model, loss, optim=t.grouped):
     """The trace of a run; weights are joined from all ranks."""
     state, trace = ax.init(tx, model, optim), []
@@ -310,15 +315,20 @@ def half(env):
     return runs
 
 
-def kindly(env, plan, **options):
-    """The error of a plan or an option."""
+def kindly(env, plan, optim=t.grouped, **options):
+    """The error of a plan, an optimizer or an option."""
     env = ax.connect(env, axes="tensor=2")
     try:
         tx = ax.chain(ax.shard_model(env, **options), ax.shard_tensors(env, plan))
-        state = ax.init(tx, made(), t.grouped)
+        state = ax.init(tx, made(), optim)
         ax.step(tx, masked)(state, t.batches()[0])
     except ax.PlacementError as error:
         return str(error)
+
+
+def factored(model):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.Adafactor(trained)
 
 
 WRONG = {  # what is wrong: (plan, words of the error)
@@ -370,6 +380,8 @@ def on_two(env, folder):
         "half": half(env),
         "wrong": {name: kindly(env, plan) for name, (plan, _) in WRONG.items()},
         "hook": kindly(env, PLAN, hook="bf16"),
+        "squares": gap(env, CASES["alone-logits"], squares),
+        "factored": kindly(env, PLAN, factored),
     }
     with pytest.raises(ax.PlacementError, match="share the rows of a batch"):
         ax.init(ax.shard_model(ax.connect(env, axes="tensor=2")), made)
@@ -426,6 +438,19 @@ def test_an_option_of_whole_weights_is_refused():
     """With what to do."""
     for rank in two():
         assert "not for a chain with shard_tensors" in rank["hook"]
+
+
+def test_other_losses_of_cut_logits_are_those_of_whole_ones():
+    """A mean over them has the gradient of all, and not of one rank's part."""
+    for rank in two():
+        assert rank["squares"] < 1e-10
+
+
+def test_an_optimizer_that_writes_whole_weights_is_refused():
+    """By its name, where no axis but tensor divides them, too."""
+    for rank in two():
+        assert "Adafactor wants whole weights" in rank["factored"]
+        assert "those of tensor" in rank["factored"]
 
 
 def test_a_split_model_generates():

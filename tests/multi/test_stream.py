@@ -430,4 +430,4 @@ def alone(env):
 def test_a_rank_that_is_gone_is_an_error():
     """And no hang: its connection is closed."""
     with pytest.raises(RankError, match="rank 1 of 2 failed"):
-        run(2, timeout=20)(alone)()
+        run(2)(alone)()

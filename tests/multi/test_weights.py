@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import json
 import re
-import time
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import accelx as ax
-from accelx import deferred, testing
+from accelx import _torch, deferred, testing
 from tests import faulty
 from tests.laws import training as t
 
@@ -328,7 +327,7 @@ class OddError(Exception):
 
 def consume(env, state, who, how, timeout=None):
     """Take weights until one rank does `how` at the third; what each rank met."""
-    taken = []
+    taken, store = [], _torch.default_store()
     try:
         for name, tensor in ax.stream_weights(env, state, timeout):
             taken.append((name, tensor.clone()))
@@ -337,13 +336,15 @@ def consume(env, state, who, how, timeout=None):
                     raise OddError
                 if how == "break":
                     break
-                if how == "sleep":
-                    time.sleep(1.5)
+                if how == "sleep":  # until the other rank has given up
+                    store.wait([f"{how}{who}"])
     except (OddError, ax.CollectiveError) as error:
+        store.set(f"{how}{who}", "")
         return len(taken), f"{type(error).__name__}: {error}"
     return len(taken), taken
 
 
+LATE = 1.5  # seconds that a consumer may need for one weight
 STREAMS = {
     "fine": ((), ""),
     "raise on 0": ((0,), "raise"),
@@ -404,7 +405,7 @@ def streams(folder):
         state = ax.init(tx, t.made(), t.grouped)
         found = {}
         for name, (who, how) in STREAMS.items():
-            limit = 0.4 if how == "sleep" else None
+            limit = LATE if how == "sleep" else None
             found[name] = consume(env, state, who, how, limit)
         found["never begun"] = never_begun(env, state)
         found["at the end"] = raised(lambda: left_at_the_end(env, state))
@@ -480,7 +481,7 @@ def test_a_rank_that_is_too_slow_ends_the_stream_on_all(who, folder):
     third = list(first_names(t.made()()))[2]
     assert results[0] == results[1]
     assert results[0][0] == 3
-    assert f"rank {who} took more than 0.4 s at {third!r}" in results[0][1]
+    assert f"rank {who} took more than {LATE:g} s at {third!r}" in results[0][1]
 
 
 def test_a_rank_that_leaves_before_the_first_or_after_the_last_is_missed(folder):

@@ -532,11 +532,12 @@ def test_a_clock_that_is_ahead_is_found(monkeypatch):
 @pytest.mark.multi
 def test_a_rank_that_does_not_serve_is_not_reached(monkeypatch):
     """The control: the others name it, and it reaches them."""
-    monkeypatch.setattr(net, "WAIT", 0.3)
 
     def deaf(env):
         if env.rank == 0:
             monkeypatch.setattr(net, "_serve", lambda server: None)
+        else:
+            monkeypatch.setattr(net, "WAIT", 0.3)
         return [port["to"] for port in net.ports(env, "127.0.0.1")]
 
     assert run(2)(deaf)() == [[], [0]]

@@ -30,6 +30,8 @@ never = lambda: pytest.fail("build was called")  # noqa: E731
         ({"micro": (1.5,)}, "for micro"),
         ({"steps": 0}, "for steps, got 0"),
         ({"kinds": ("dpp",)}, "kinds out of 'ddp', 'fsdp2'"),
+        ({"kinds": ("hsdp",), "ranks": (1, 3)}, "even number of ranks for hsdp"),
+        ({"kinds": ("deepspeed",)}, "'sequence', got .'deepspeed',"),
         ({"dtype": "int64"}, "floating-point dtype"),
         ({"dtype": "nonsense"}, "got 'nonsense'"),
     ],

@@ -1,5 +1,6 @@
 """Nodes and restarts of a job, decided before anything is started; and their parts."""
 
+import os
 import socket
 
 import attrs
@@ -7,13 +8,15 @@ import pytest
 
 from accelx.env_detect import detect
 from accelx.errors import SpawnError
-from accelx.launch import address, texts, wire
+from accelx.launch import address, texts, watch, wire
 from accelx.launch.elastic import Elastic, agent_variables, beat_of
+from accelx.launch.fork import _anonymous_file, close
 from accelx.launch.machine import Machine
 from accelx.launch.meeting import _twice
 from accelx.launch.options import parse
 from accelx.launch.place import Place, rank_variables
 from accelx.launch.plan import asked_for, resolve
+from accelx.launch.running import Rank, Run
 from accelx.launch.settings import File
 
 MEET = ("--rendezvous", "a:1")
@@ -231,3 +234,25 @@ def test_the_interface_of_an_address_is_found():
     """The loopback's here; nothing for an address that is not."""
     assert address.interface_of("127.0.0.1") == "lo"
     assert address.interface_of("192.0.2.1") == ""
+
+
+def test_ranks_are_recalled_also_by_a_word_that_was_read_with_the_one_before():
+    """Of a launcher that came late to its agent's orders to start and to end them."""
+    ours, theirs = wire.pair()
+    wire.say(theirs, do="start")
+    wire.say(theirs, do="stop")
+    assert wire.hear(ours) == {"do": "start"}
+    pid = os.posix_spawnp("sleep", ["sleep", "60"], os.environ)
+    report, reports = os.pipe()
+    os.close(reports)
+    made = plan()
+    run = Run(made, [Rank(0, pid, report, _anonymous_file(made))], [], agent=ours)
+    try:
+        watch.watch(run)
+    finally:
+        watch.let_signals()
+    close(run)
+    assert run.recalled
+    assert run.ranks[0].code == 128 + 15
+    for one in (ours, theirs):
+        one.end.close()

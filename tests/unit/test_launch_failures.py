@@ -1,6 +1,7 @@
 """What a rank's end means, where in the program it was, and how it is said."""
 
 import json
+import os
 import signal
 import sys
 import traceback
@@ -9,9 +10,10 @@ import attrs
 import pytest
 
 from accelx.comm_site import LIBRARY
-from accelx.launch import kernel, where
+from accelx.launch import kernel, watch, where
 from accelx.launch.failure import Failure, died, dumps, late, loads, raised
 from accelx.launch.reading import Seen, read, wants_count
+from accelx.launch.running import Rank
 from accelx.launch.told import elsewhere, names, odd, report, told
 
 SEEN = Seen(host="node7", pid=4711, peak=int(11.8 * kernel.GIB), oom=None)
@@ -243,3 +245,17 @@ def test_a_failure_travels_whole():
     assert dumps(failure).count(b"\n") == 1
     assert isinstance(failure, Failure)
     assert sys.exc_info() == (None, None, None)
+
+
+def test_the_word_of_a_rank_counts_once():
+    """Also where the end of its pipe is seen after it was judged: it had been asked."""
+    report, reports = os.pipe()
+    os.write(reports, dumps(raised(0, SystemExit(5))))
+    os.close(reports)
+    rank = Rank(0, 4711, report, -1)
+    assert watch._listen(rank)
+    assert rank.failure.summary == "sys.exit(5)"  # the control
+    rank.failure, rank.code = None, 5  # it chose so, and that is no failure
+    assert not watch._listen(rank)
+    assert rank.failure is None
+    os.close(report)

@@ -9,6 +9,7 @@ from collections import namedtuple
 from itertools import islice
 
 import attrs
+import numpy
 import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
@@ -37,6 +38,7 @@ from accelx.loader import (
 from accelx.loader_epochs import Epochs
 from accelx.prefetch import ahead, on_device
 from accelx.rows import Rows, rows_of
+from tests.streaming import Plain
 
 Pair = namedtuple("Pair", ["x", "y"])
 
@@ -261,6 +263,22 @@ def test_spans_that_do_not_exist_are_refused():
         batches(Loader(D, 10, drop_last=True), 0, 5)
     with pytest.raises(DataError, match="0 items"):
         rows_at(Loader([], 4), 0)
+
+
+@pytest.mark.parametrize("source", [DataLoader([0, 1, 2], 2), DataLoader(Plain(3), 2)])
+def test_steps_are_whole_numbers(source):
+    """What is none is refused before anything is read; numbers of arrays are taken."""
+    for wrong in (2.0, "1", True, None, -1, [0]):
+        with pytest.raises(DataError, match=r"start must be .*count steps from 0"):
+            ax.feed(ax.identity, source, start=wrong)
+        if wrong is not None:
+            with pytest.raises(
+                DataError, match=r"stop must be .* leave it out for one"
+            ):
+                ax.feed(ax.identity, source, stop=wrong)
+    steps = torch.tensor(1), numpy.int32(1), 1
+    found = [list(ax.feed(ax.identity, source, one, 2)) for one in steps]
+    assert [[b.tolist() for b in each] for each in found] == [[[2]]] * 3
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+from string import ascii_lowercase
 
 import pytest
 
@@ -29,10 +30,12 @@ def test_every_transform_that_divides_is_a_name_of_it():
 
 
 def test_every_mark_is_a_test_or_an_error():
-    """And none is left over."""
+    """And none is left over; the letters of refusals have no hole."""
     marks = {*parallel_page.pairs().values()}
     assert marks == {*parallel_page.tests(), *parallel_page.refusals()}
     assert all(parallel_page.refusals().values())
+    letters = [*parallel_page.refusals()]
+    assert letters == [*ascii_lowercase[: len(letters)]]
 
 
 @pytest.mark.parametrize("where", parallel_page.tests().values())

@@ -107,7 +107,7 @@ def test_an_object_of_the_user_s_own_carries_its_mark():
 @given(st.integers(1, 9), st.integers(0, 9), st.booleans())
 def test_weights_are_one_for_real_rows_and_come_first(length, rows, padded):
     """Their sum is the rows, their shape the batch's, whatever the container."""
-    rows = min(rows, length)
+    rows = min(rows, length) if padded else length
     x = torch.ones(length, 2, dtype=torch.float64)
     batch = stamp({"heat": torch.zeros(()), "x": x}, Rows(rows, 99, padded))
     weights = row_weights(batch)
@@ -117,11 +117,14 @@ def test_weights_are_one_for_real_rows_and_come_first(length, rows, padded):
 
 
 def test_weights_of_what_has_no_rows_are_refused():
-    """No tensor to count, and fewer rows than were marked."""
+    """No tensor to count, and fewer or more rows than were marked."""
     with pytest.raises(DataError, match="got dict without a tensor"):
         row_weights({"heat": torch.zeros(())})
     with pytest.raises(DataError, match=r"says that it has 5 rows here, but .* 3"):
         row_weights(mark(torch.ones(3), 5, 5))
+    with pytest.raises(DataError, match=r"says that it has 5 rows here, but .* 10"):
+        row_weights(mark(torch.ones(10), 5, 5))
+    assert row_weights(mark(torch.ones(2), 0, 5)).tolist() == [0.0, 0.0]
 
 
 def test_waiting_is_no_part_of_what_a_mark_is():

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -294,6 +295,26 @@ def test_a_plain_path_is_a_disk(tmp_path, monkeypatch):
     store = storage.at("runs/../run/")
     assert (store.root, store.local) == (str(tmp_path / "run"), True)
     assert store == storage.at(store.url) == storage.at(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("slip", "write"),
+    [
+        ("s3:/bucket/run", 'write "s3://bucket/run", or put "./" before it'),
+        ("s3:/key:word@bucket/run", '"s3://bucket/run"'),
+        ("file:/tmp/run", '"file:///tmp/run"'),
+        ("", 'got ""; write "." for here'),
+    ],
+)
+def test_what_lacks_a_slash_or_all_is_no_folder_here(
+    slip, write, tmp_path, monkeypatch
+):
+    """It would be a folder of this machine that nobody meant."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(write)) as error:
+        storage.at(slip)
+    assert "word" not in str(error.value)
+    assert storage.at("./s3:/a").root == f"{tmp_path}/s3:/a"
 
 
 def test_inside_goes_one_folder_down():

@@ -96,9 +96,13 @@ def test_a_hang_ends_at_the_timeout_with_the_ranks_named():
         return time.sleep(100) if env.rank == 1 else os.getpid()
 
     before = children()
-    with pytest.raises(RankError, match=r"ranks \[1\] of 2 had not finished after 2 s"):
-        run(2, timeout=2)(fn)()
-    assert children() == before
+    for limit in (2, 8, 32):
+        with pytest.raises(RankError, match="had not finished") as told:
+            run(2, timeout=limit)(fn)()
+        assert children() == before
+        if "[0" not in str(told.value):  # a busy machine lets neither finish at first
+            break
+    assert f"ranks [1] of 2 had not finished after {limit} s" in str(told.value)
 
 
 def children():
@@ -126,7 +130,7 @@ def test_a_child_of_a_rank_does_not_hold_the_result_back():
             os._exit(0)
         return child
 
-    [child] = run(1, timeout=20)(fn)()  # a RankError if the pipe's end were waited for
+    [child] = run(1, timeout=60)(fn)()  # a RankError if the pipe's end were waited for
     os.kill(child, signal.SIGKILL)
 
 

@@ -35,6 +35,18 @@ def slow():
     time.sleep(600 * int(os.environ["RANK"]))
 
 
+def late():
+    """A time limit; a longer one where rank 0 could not return in it."""
+    for limit in (10, 30, 90):
+        try:
+            return ax.spawn(slow, n=2, timeout=limit)
+        except ax.SpawnError as error:
+            found = error
+            if "but rank 1 had" in str(error):
+                break
+    raise found
+
+
 def unsendable():
     """A result that cannot travel."""
     return threading.Lock()
@@ -49,7 +61,7 @@ def local():
 CASES = {
     "good": lambda: ax.spawn(good, 1, n=2),
     "bad": lambda: ax.spawn(bad, n=2),
-    "slow": lambda: ax.spawn(slow, n=2, timeout=10),
+    "slow": late,
     "local": lambda: ax.spawn(local(), n=1),
     "lock": lambda: ax.spawn(local, threading.Lock(), n=2),
     "unsendable": lambda: ax.spawn(unsendable, n=1),

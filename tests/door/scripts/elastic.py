@@ -1,7 +1,8 @@
 """A training that saves each step: `elastic.py FOLDER STEPS [WORD]`.
 
-Files of FOLDER tell how far it is; a file gate-K holds all ranks after step K. WORD is
-`preempt`, or fail-R-K for an error of rank R in step K of the first attempt.
+Files of FOLDER tell how far it is; a file gate-K holds all ranks after step K, one
+gate-K-of-N where there are N. WORD is `preempt`, or fail-R-K for an error of rank R in
+step K of the first attempt.
 """
 
 import os
@@ -52,7 +53,8 @@ for batch in ax.feed(tx, loader, start=state, stop=stop):
         raise ValueError("enough of this")
     if env.main:
         (folder / f"step-{state.step}-of-{env.world}").touch()
-    while (folder / f"gate-{state.step}").exists():
+    gates = [f"gate-{state.step}", f"gate-{state.step}-of-{env.world}"]
+    while any((folder / gate).exists() for gate in gates):
         time.sleep(0.02)
 if env.main:
     torch.save(state.model.state_dict(), folder / "weights.pt")

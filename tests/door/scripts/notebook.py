@@ -37,6 +37,7 @@ def said(output):
 
 
 notebook = nbformat.read(sys.argv[1], as_version=4)
-Client(notebook, timeout=120, allow_errors=True, kernel_name="python3").execute()
+patience = {"timeout": 150, "startup_timeout": 150}
+Client(notebook, **patience, allow_errors=True, kernel_name="python3").execute()
 cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
 print(json.dumps([[said(output) for output in cell.outputs] for cell in cells]))

@@ -1,10 +1,13 @@
 """`preempted.py URL PHASE OUT`: trains for two epochs, and says when a phase begins.
 
-PHASE is where it lingers, so that a signal comes there: train, evaluate, save (beside
-the training), stuck (no boundary comes), or none. The losses go to OUT.
+PHASE is where each rank waits for a signal: train, evaluate, save (beside the
+training), stuck (no boundary comes after it either), or none. The losses go to OUT.
 """
 
 import json
+import os
+import select
+import signal
 import sys
 import threading
 import time
@@ -20,19 +23,26 @@ from tests.laws.training import grouped, made, masked
 url, phase, out = sys.argv[1:]
 AT, STOP = 3, 8  # the step where it lingers, and the last
 REAL = storage.write
+came, number = os.pipe()  # of a signal, told by the kernel's own call: in any thread
+os.set_blocking(number, False)
+signal.set_wakeup_fd(number)
+told = threading.Event()
 
 
-def say(text):
-    """One line, at once."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+def linger():
+    """Say once that a signal may come, and wait until one has."""
+    if not told.is_set():
+        told.set()
+        sys.stdout.write("ready\n")
+        sys.stdout.flush()
+    select.select([came], [], [])
 
 
 def slowly(store, name, parts, size):
     """A store that takes its time, when a thread writes to it."""
     if threading.current_thread() is not threading.main_thread():
-        say("ready")
-        time.sleep(0.5)
+        linger()
+        time.sleep(0.5)  # so that the ranks leave while it writes
     REAL(store, name, parts, size)
 
 
@@ -43,7 +53,7 @@ def main():
         "fsdp2",
         ax.load_state(env, url, missing="fresh"),
         ax.save_state(env, url, every=AT, wait=phase != "save"),
-        ax.on_preempt(env, url, grace=0.7 if phase == "stuck" else 30),
+        ax.on_preempt(env, url, grace=0.7 if phase == "stuck" else None),
     )
     if phase == "save":
         storage.write = slowly
@@ -54,20 +64,18 @@ def main():
         losses.append(float(done.loss))
         if env.main:
             Path(out).write_text(json.dumps([state.step, losses]))
-        if phase == "train" and state.step >= AT + 1:
-            say("ready")
-            time.sleep(0.3)
         if phase == "save":
-            time.sleep(0.1)
-        if phase == "evaluate" and state.step == AT + 1:
-            say("ready")
-            for _ in range(50):
-                for batch in ax.feed(tx, saving.loader()):
-                    judge(state, batch)
-                    time.sleep(0.02)
-        if phase == "stuck" and state.step == AT + 1:
-            say("ready")
-            time.sleep(30)
+            time.sleep(0.1)  # so that the save is still under way at the next steps
+        if state.step != AT + 1:
+            continue
+        if phase in ("train", "stuck"):
+            linger()
+        if phase == "stuck":
+            time.sleep(600)
+        if phase == "evaluate":
+            for held_out in ax.feed(tx, saving.loader()):
+                judge(state, held_out)
+                linger()
 
 
 if __name__ == "__main__":

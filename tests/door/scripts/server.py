@@ -1,10 +1,11 @@
 """Starts launchers on demand, with torch and accelx imported once for all of them.
 
 Its word is the descriptor of a socket. Each message there is [words, folder,
-environment, step] as JSON with three descriptors: where the launcher writes, where it
-complains, and where its number and then its exit code are told. Except that it is
-forked, a launcher is as `python -m accelx.spawn` would be. Under `step` the kernel's
-count of what it ended for want of memory rises by so much at each asking.
+environment, changes] as JSON with three descriptors: where the launcher writes, where
+it complains, and where its number and then its exit code are told. Except that it is
+forked, a launcher is as `python -m accelx.spawn` would be, but for the changes: under
+"step" the kernel's count of what it ended for want of memory rises by so much at each
+asking; "repeat" is in how many seconds a second signal is the same one.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import socket
 import sys
 
 import accelx as ax
-from accelx.launch import door, kernel
+from accelx.launch import door, kernel, watch
 from accelx.launch.tether import die_with
 
 SIZE = 1 << 17  # bytes of a message, at most
@@ -40,7 +41,7 @@ def keep(parent, out, errors, told):
     return os._exit(0)
 
 
-def become(out, errors, told, folder, environ, step):
+def become(out, errors, told, folder, environ, changes):
     """Take on the streams, the folder and the variables of a launcher."""
     silent = os.open(os.devnull, os.O_RDONLY)
     for number, file in enumerate((silent, out, errors)):
@@ -50,9 +51,10 @@ def become(out, errors, told, folder, environ, step):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environ)
-    if step is not None:
-        counts = itertools.count(3, step)
+    if "step" in changes:
+        counts = itertools.count(3, changes["step"])
         kernel.oom_kills = lambda: next(counts)
+    watch.REPEAT = changes.get("repeat", watch.REPEAT)
 
 
 [getattr(ax, name) for name in ax.__all__]  # imports them

@@ -2,11 +2,13 @@
 
 Stands for `srun` and `mpirun` on a machine without them: the same variables, both
 processes started at once, the highest exit code. With SEND=USR1 in the environment, all
-ranks get that signal after the second line of output, as before a time limit.
+ranks get that signal after the second line of output, as before a time limit; rank 0
+writes no further line before it has come.
 """
 
 import os
 import runpy
+import select
 import signal
 import sys
 from pathlib import Path
@@ -40,6 +42,27 @@ def variables(kind, rank):
     }
 
 
+class Held:
+    """An output that waits after its second line until a signal has come."""
+
+    def __init__(self, stream):
+        self.stream, self.lines = stream, 0
+        self.came, number = os.pipe()
+        os.set_blocking(number, False)
+        signal.set_wakeup_fd(number)
+
+    def write(self, text):
+        """Count the lines."""
+        self.lines += text.count("\n")
+        return self.stream.write(text)
+
+    def flush(self):
+        """Pass on what was written, and wait."""
+        self.stream.flush()
+        if self.lines == 2:
+            select.select([self.came], [], [])
+
+
 def started(kind, rank, words):
     """(pid, output) of one rank: rank 0's is for us to read, the other's is ours."""
     read, write = os.pipe()
@@ -49,6 +72,8 @@ def started(kind, rank, words):
         return pid, read
     if rank == 0:
         os.dup2(write, sys.stdout.fileno())
+        if os.environ.get("SEND"):
+            sys.stdout = Held(sys.stdout)
     os.environ |= {**variables(kind, rank), "GLOO_SOCKET_IFNAME": "lo"}
     sys.argv, sys.path[0] = [*words], str(Path(words[0]).parent)
     runpy.run_path(words[0], run_name="__main__")

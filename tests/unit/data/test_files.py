@@ -269,6 +269,27 @@ def test_record_batches_are_those_of_pyarrow(sizes, kind, compression):
     assert files.__getitems__(list(range(len(files)))) == rows
 
 
+@pytest.mark.parametrize("verify", [False, True])
+def test_views_of_text_are_text(verify, tmp_path):
+    """As Polars writes it: in an order of any kind, beside a file of plain text."""
+    columns = {
+        "text": pa.array([None, *(f"row {i} " * i for i in range(19))]),
+        "bytes": pa.array([b"\0" * i for i in range(20)]),
+    }
+    views = [(pa.string_view(), columns["text"]), (pa.binary_view(), columns["bytes"])]
+    made = [pa.array(column.to_pylist(), kind) for kind, column in views]
+    for name, table in (
+        ("a", pa.table(columns)),
+        ("b", pa.table(made, names=list(columns))),
+    ):
+        with pa.ipc.new_file(tmp_path / f"{name}.arrow", table.schema) as out:
+            out.write_table(table, max_chunksize=6)
+    files = from_files(tmp_path / "*.arrow", on_error="skip", verify=verify)
+    assert not files.skipped
+    rows = 2 * pa.table(columns).to_pylist()
+    assert files.__getitems__(list(range(39, -1, -1))) == rows[::-1]
+
+
 @pytest.mark.parametrize("style", ["ustar", "gnu", "pax"])
 def test_samples_of_a_tar_are_neighbours_of_one_key(style, tmp_path):
     """Long names, folders and links, and the names that WebDataset passes over."""

@@ -36,6 +36,7 @@ from accelx.loader import as_loader
 from accelx.rows import Rows, rows_of
 from tests.streaming import (
     Batches,
+    Buffered,
     Counting,
     Drawing,
     Failing,
@@ -338,6 +339,26 @@ def test_memory_goes_on_at_each_step(make, workers):
         assert [ids(b) for b in read(stream, 0, stop, memory)] == whole[:stop]
         assert resumed(stream, memory, stop, 9) == whole[stop:]
         assert [ids(b) for b in read(stream, stop, 9, memory)] == whole[stop:]
+
+
+def test_a_state_stays_what_it_was_at_its_step():
+    """Though the source goes on to change what it named, before a save and after it."""
+    stream, memory = as_stream(loader_of(Buffered(23), 3)), Reading(ax.Env())
+    whole = [ids(b) for b in read(stream, 0, 7)]
+    list(read(stream, 0, 4, memory))
+    for start in (2, 3, 2, 4):
+        forked = copy.deepcopy(memory)
+        assert [ids(b) for b in read(stream, start, 7, forked)] == whole[start:]
+    assert resumed(stream, memory, 3, 7) == whole[3:]
+
+
+def test_items_that_collate_fn_leaves_out_are_told():
+    """As of indexed data: ranks would weigh rows wrongly."""
+    stream = as_stream(
+        Plain(9), batch_size=4, collate=lambda rows: torch.tensor(rows[:3])
+    )
+    with pytest.warns(ax.NeutralityWarning, match=r"4 items were read .* step 0"):
+        assert [len(batch) for batch in read(stream)] == [3, 3, 1]
 
 
 def test_a_state_is_used_and_not_only_read_past():

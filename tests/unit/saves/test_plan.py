@@ -20,7 +20,7 @@ from accelx.saves.manifest import (
     read_manifest,
     write_manifest,
 )
-from accelx.saves.plan import SPLIT, planned
+from accelx.saves.plan import SPLIT, Known, planned
 
 SHAPES = st.lists(st.integers(0, 9), max_size=3).map(tuple)
 COUNTS = {"step": 3, "skipped": 1}
@@ -100,6 +100,29 @@ def test_the_plan_is_a_function_of_what_there_is(case):
     found, world = case
     again = {n: Lie(one.dtype, one.shape, one.slices) for n, one in found.items()}
     assert planned(found, world) == planned(again, world)
+
+
+def otherwise(found):
+    """The same tensors in another order, with one more, and one of another dtype."""
+    yield dict(reversed(found.items()))
+    yield {**found, "more": Lie("int8", (3,))}
+    for first in list(found)[:1]:
+        yield {**found, first: attrs.evolve(found[first], dtype="complex128")}
+
+
+@given(lies())
+def test_a_plan_that_is_known_is_taken_again_only_where_it_holds(case):
+    """After any change a rank plans, and writes, what one does that knows nothing."""
+    found, world = case
+    known = Known(world - 1, world)
+    for now in (found, *otherwise(found), found):
+        plan = known.planned(now)
+        assert (plan, plan.said) == (fresh := planned(now, world), fresh.said)
+        assert list(plan.entries) == list(now)
+        mine = [(one.name, one.piece, one.box) for one in known.shares]
+        assert mine == fresh.of(world - 1)
+        again = {n: Lie(one.dtype, one.shape, one.slices) for n, one in now.items()}
+        assert known.planned(again) is plan
 
 
 @given(st.lists(st.one_of(SHAPES, LARGE), min_size=1, max_size=12), st.integers(1, 9))
