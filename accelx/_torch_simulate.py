@@ -157,3 +157,28 @@ def resizing(told: Callable[[Any], None]) -> Generator[None]:
         yield
     finally:
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+
+
+@contextmanager
+def alike() -> Generator[None]:
+    """Have `torch.chunk` make one tensor for all parts of a shape: without numbers
+    they are the same, and FSDP2 asks for as many as there are ranks for each weight.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    chunk = torch.chunk
+
+    def chunked(tensor: Any, chunks: int, dim: int = 0) -> Any:
+        length = tensor.size(dim)
+        if not isinstance(tensor, FakeTensor) or not length:
+            return chunk(tensor, chunks, dim)
+        size = -(-length // chunks)
+        many, rest = divmod(length, size)
+        last = [tensor.narrow(dim, many * size, rest)] if rest else []
+        return (*[tensor.narrow(dim, 0, size)] * many, *last)
+
+    torch.chunk = chunked  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.chunk = chunk

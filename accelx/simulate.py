@@ -158,7 +158,8 @@ def _simulated(
     count = sum(p.numel() for p in whole.parameters())
     copy, wire = _copied(tx), tx.find("shard_model").hook and 2  # bytes of a number
     tx = tx if copy is None else copy
-    state = init(tx, whole, optim)
+    with _torch_simulate.alike():
+        state = init(tx, whole, optim)
     own = [_torch_simulate.own_of(p) for p in state.model.parameters()]
     placed_on = gradients.env_of(state)
     inner = gradients.unreduced(tx, loss, engine_of(state), placed_on)

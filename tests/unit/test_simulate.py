@@ -10,6 +10,7 @@ import torch.distributed.tensor.parallel
 from torch import nn
 
 import accelx as ax
+from accelx import _torch_simulate
 from accelx.simulate import simulate
 from accelx.testing import run
 from tests.laws import training as t
@@ -228,3 +229,24 @@ def test_a_torch_whose_collectives_want_numbers_is_refused(monkeypatch):
     with pytest.raises(ax.AccelxError, match=r"got 2\.\d+.*pip install -U torch"):
         simulate(chains("fsdp2"), made, adam, loss, torch.ones(1, WIDTH), world=2)
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("length", [0, 1, 5, 7, 12, 13])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_parts_of_a_shape_are_made_once_and_are_torchs_own(length, dim):
+    """As many, of the same shapes and strides as torch cuts; two tensors at most."""
+    size = [3, 4]
+    size[dim] = length
+    wanted = torch.chunk(torch.zeros(size), 5, dim)
+    with _torch_simulate.numberless():
+        empty = torch.zeros(size)
+    with _torch_simulate.alike():
+        found = torch.chunk(empty, 5, dim)
+        apart = torch.chunk(torch.zeros(8), 4)
+    assert [(x.shape, x.stride()) for x in found] == [
+        (x.shape, x.stride()) for x in wanted
+    ]
+    if length:
+        assert len(set(map(id, found))) == len({x.shape for x in wanted})
+    assert len(set(map(id, apart))) == 4  # with numbers in them
+    assert len(set(map(id, torch.chunk(empty, 5, dim)))) == len(found)  # as before
