@@ -7,6 +7,7 @@ wrote, on any number of ranks and at any stage.
 from __future__ import annotations
 
 import math
+import pickle
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,9 +31,20 @@ class _Inert:
     """What a file has of an object of DeepSpeed's; it does nothing."""
 
 
+STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
+
+
+def _stage(of: Any, name: Any) -> int:
+    """A stage by its name, as Python 3.11.0 to 3.11.3 pickle it."""
+    if of is not int or name not in STAGES:
+        raise pickle.UnpicklingError(f"getattr of {of!r} and {name!r}")
+    return STAGES[name]
+
+
 # Names that its files use, and what each becomes here: none of its code is run.
 _KNOWN: list[Any] = [
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_stage, "builtins.getattr"),
     (_Inert, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (_Inert, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
 ]

@@ -4,7 +4,9 @@ import os
 import pickle
 import random
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -21,10 +23,12 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import lr_scheduler
 
 import accelx as ax
+from accelx import storage
 from accelx.passes.with_precision import LossScale
 from accelx.passes.with_schedule import Schedule
 from accelx.saves import convert_write
 from accelx.saves.commit import open_manifest, resolve
+from accelx.saves.convert_deepspeed import _loaded
 from accelx.saves.dtypes import KINDS
 from accelx.saves.typed import encode
 from tests.importing import (
@@ -442,6 +446,21 @@ def test_a_member_by_name_is_read_and_no_other_attribute(tmp_path, monkeypatch):
     (tmp_path / "in/.metadata").write_bytes(pickle.dumps(meta))
     with pytest.raises(ax.CheckpointError, match=r"getattr of .*Metadata"):
         ax.import_state(str(tmp_path / "in"), str(tmp_path / "no"), trust=True)
+
+
+def test_a_stage_by_name_is_read_and_no_other_attribute(tmp_path, monkeypatch):
+    """The same Pythons write DeepSpeed's stages so."""
+    place = "deepspeed.runtime.zero.config"
+    module = ModuleType(place)
+    module.ZeroStageEnum = type("ZeroStageEnum", (int,), {"__module__": place})
+    monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
+    monkeypatch.setitem(sys.modules, place, module)
+    for name in ("gradients", "from_bytes"):
+        torch.save({"stage": ByName(module.ZeroStageEnum, name)}, tmp_path / name)
+    store = storage.at(str(tmp_path))
+    assert _loaded(store, "gradients") == {"stage": 2}
+    with pytest.raises(ax.CheckpointError, match=r"from_bytes wants .* refuses"):
+        _loaded(store, "from_bytes")
 
 
 @pytest.mark.parametrize("trust", [False, True])
