@@ -52,8 +52,10 @@ class _Made:
             ) from None
         for name, value in _fields(own).items():
             if name == "generator" and value is None:
-                value = torch.Generator().manual_seed(self.start)
-            object.__setattr__(own, name, self.of(value))  # also where it is frozen
+                made: Any = torch.Generator().manual_seed(self.start)
+            else:
+                made = self.of(value)
+            object.__setattr__(own, name, made)  # also where it is frozen
         listen = getattr(own, "set_epoch", None)
         if callable(listen):
             listen(self.epoch)

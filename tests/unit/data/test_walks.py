@@ -8,8 +8,9 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, RandomSampler, Sampler
 
+from accelx.data.afresh import afresh
 from accelx.data.walks import by_batches, by_indices
 from accelx.errors import DataError
 from accelx.loader import as_loader, batches, rows_at
@@ -81,6 +82,25 @@ def test_a_walk_is_the_same_each_time_and_leaves_no_trace():
     assert states() != before
     assert [len(batch) for batch in first] == [4, 4, 4, 4, 4, 3]
     assert walk.count(0, 0) == 6
+
+
+class Several(Sampler):
+    """Random samplers without a generator, one after another."""
+
+    def __init__(self, count):
+        self.each = [RandomSampler(range(9)) for _ in range(count)]
+
+    def __iter__(self):
+        return (row for one in self.each for row in one)
+
+
+def test_samplers_inside_one_draw_each_from_a_generator_of_its_own():
+    """All begin alike, and none goes on where another ended."""
+    (first, *rest) = [list(one) for one in afresh(Several(20), 5, 0).each]
+    assert all(one == first for one in rest)
+    shared = torch.Generator().manual_seed(5)
+    a, b = (list(RandomSampler(range(9), generator=shared)) for _ in range(2))
+    assert a == first != b  # what one generator for all would give
 
 
 def test_between_two_draws_the_program_has_its_own_generators():
