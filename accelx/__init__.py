@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .data.pack import block_mask as block_mask, pack as pack
     from .data.sample import sample_rng as sample_rng, seeded as seeded
     from .engines.options import PowerSGD as PowerSGD
+    from .engines.placed import Placed as Placed
     from .env import close as close, connect as connect, detect as detect
     from .env_part import along as along
     from .equivalences.check import check_equivalence as check_equivalence
@@ -143,6 +144,7 @@ _NAMES = {
     "state": ("State", "fork", "with_slot"),
     "optimizers": ("param_groups",),
     "schedules": ("warmup_cosine", "warmup_linear"),
+    "engines.placed": ("Placed",),
     "env": ("close", "connect", "detect"),
     "env_part": ("along",),
     "loader": ("Loader",),

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from accelx._torch import is_dtensor, name_of
+from accelx._torch import has_numbers, is_dtensor, name_of
 
 
 def fake_group(rank: int, world: int) -> None:
@@ -42,6 +43,7 @@ def dtensor() -> type:
     return DTensor
 
 
+STAGES = "to other stages"
 _COLLECTIVES = {  # part of an operator's name: (name, whether its result is the whole)
     "allgather": ("gathered", True),
     "all_gather": ("gathered", True),
@@ -51,27 +53,47 @@ _COLLECTIVES = {  # part of an operator's name: (name, whether its result is the
     "alltoall": ("exchanged", False),
     "all_to_all": ("exchanged", False),
     "broadcast": ("broadcast", False),
+    "send": (STAGES, False),
 }
 
 
-def collective(func: Any, args: Any, kwargs: Any) -> tuple[str, int, int] | None:
-    """A collective's name, the bytes that come together in it, and over how many ranks.
+def collective(func: Any, args: Any, kwargs: Any) -> tuple[str, int] | None:
+    """A collective's name, and the bytes that a rank sends in it; None if it is none.
 
-    None for any other operator. A sum that all get counts its bytes twice.
+    Of n bytes that come together over g ranks a rank sends (g - 1) / g n, twice that in
+    a sum of which all get all (Thakur, Rabenseifner, Gropp 2005).
     """
     if func.namespace not in ("c10d", "_c10d_functional"):
         return None
     known = [kind for part, kind in _COLLECTIVES.items() if part in name_of(func)]
-    if not known:
+    given = [*args, *kwargs.values()]
+    size = max(map(_size, given), default=0)
+    if not known or not size:
         return None
     (name, whole), *_ = known
-    given = [*args, *kwargs.values()]
-    sizes = [_size(value) for value in given]
-    ranks = next(filter(None, map(_ranks, given)), 1)
-    size = max(sizes)
+    group = next((one for one in map(_group, given) if one is not None), None)
+    if name == STAGES:
+        return None if votes(func, args) else (name, size)
+    if group is None:
+        return name, size
+    ranks = group.size()
+    if name == "exchanged":
+        return name, size - _stays(given, size, group)
     if whole and func.namespace == "_c10d_functional":
         size *= ranks  # the result is not among the arguments
-    return name, size * 2 if name == "reduced" else size, ranks
+    return name, size * (2 if name == "reduced" else 1) * (ranks - 1) // ranks
+
+
+def _stays(given: list[Any], size: int, group: Any) -> int:
+    """What of an exchange a rank sends to itself, by rows to each rank: the last list.
+
+    Where there is none, as much as to any other.
+    """
+    lists = [one for one in given if isinstance(one, list) and one]  # type: ignore[reportUnknownVariableType]
+    rows: Any = lists[-1] if lists else []
+    if not rows or isinstance(rows[0], Tensor):
+        return size // group.size()
+    return size * rows[group.rank()] // max(sum(rows), 1)
 
 
 def _size(value: Any) -> int:
@@ -80,23 +102,17 @@ def _size(value: Any) -> int:
     return sum(map(_size, value)) if isinstance(value, list | tuple) else 0
 
 
-def _ranks(value: Any) -> int | None:
-    """The ranks of an argument that is a process group, or a group's name."""
+def _group(value: Any) -> Any:
+    """The process group that an argument is, or names; None for any other."""
     from torch.distributed import ProcessGroup
     from torch.distributed.distributed_c10d import _resolve_process_group
 
     if isinstance(value, str) and value.lower() not in ("sum", "avg", "max", "min"):
-        return _resolve_process_group(value).size()  # type: ignore[arg-type]
+        return _resolve_process_group(value)  # type: ignore[arg-type]
     if isinstance(value, torch.ScriptObject):
-        return _unboxed(ProcessGroup, value)
-    return value.size() if isinstance(value, ProcessGroup) else None
-
-
-def _unboxed(kind: Any, value: Any) -> int | None:
-    """The size of a boxed process group; None for other boxed things, as an op is."""
-    if "ProcessGroup" not in str(value._type()):
-        return None
-    return kind.unbox(value).size()
+        boxed = "ProcessGroup" in str(value._type())  # an op is boxed, too
+        return ProcessGroup.unbox(value) if boxed else None
+    return value if isinstance(value, ProcessGroup) else None
 
 
 def numberless() -> Any:
@@ -104,6 +120,53 @@ def numberless() -> Any:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def one_mode(mode: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Arguments, with tensors of `mode` as those of another that is among them.
+
+    An operation takes those of one mode alone, beside tensors with numbers.
+    """
+    given = [*args, *kwargs.values()]
+    flat = [x for one in given for x in (one if isinstance(one, list) else (one,))]  # type: ignore[reportUnknownVariableType]
+    others = [x.fake_mode for x in flat if getattr(x, "fake_mode", mode) is not mode]
+    if not others:
+        return args, kwargs
+
+    def shape(leaf: Any) -> Any:
+        if getattr(leaf, "fake_mode", None) is not mode:
+            return leaf
+        like = {"dtype": leaf.dtype, "device": leaf.device}
+        with others[0]:
+            return torch.empty_strided(leaf.shape, leaf.stride(), **like)
+
+    return tree_map(shape, (args, kwargs))
+
+
+@contextmanager
+def receiving(mode: Any, told: Callable[[Tensor], None]) -> Generator[None]:
+    """Have what stages receive into be tensors of `mode`; tell of each."""
+    from torch.distributed.pipelining import stage
+
+    real = stage._make_tensor_from_meta
+
+    def made(*args: Any) -> Tensor:
+        with mode:
+            tensor = real(*args)
+        told(tensor)
+        return tensor
+
+    stage._make_tensor_from_meta = made
+    try:
+        yield
+    finally:
+        stage._make_tensor_from_meta = real
+
+
+def votes(func: Any, args: Any) -> list[Tensor]:
+    """The numbers by which stages ask one another, once, if all know their shapes."""
+    p2p = func.namespace == "c10d" and name_of(func) in ("send", "recv_")
+    return list(args[0]) if p2p and all(map(has_numbers, args[0])) else []
 
 
 def identity(storage: Any) -> int:
@@ -143,13 +206,14 @@ def touched(tensor: Tensor) -> bool:
 
 
 @contextmanager
-def resizing(told: Callable[[Any], None]) -> Generator[None]:
+def resizing(*told: Callable[[Any], None]) -> Generator[None]:
     """Tell of each storage that is made larger or smaller: no operation says it."""
     resize = torch.UntypedStorage.resize_
 
     def resized(storage: Any, size: int) -> Any:
         result = resize(storage, size)
-        told(storage)
+        for one in told:
+            one(storage)
         return result
 
     torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign]

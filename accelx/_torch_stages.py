@@ -12,20 +12,28 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn, overrides
+from torch import Tensor, nn, overrides
+
+SKETCH = "accelx_sketch"  # on a mode: its tensors are those of other stages
 
 
 def fake_mode() -> Any:
     """A mode that makes tensors of a shape and no numbers; real ones mix with them."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    mode: Any = FakeTensorMode(allow_non_fake_inputs=True)
+    setattr(mode, SKETCH, True)
+    return mode
 
 
-def is_fake(tensor: object) -> bool:
-    """Whether a tensor has a shape and no numbers, as `fake_mode` makes them."""
+def is_fake(tensor: Any) -> bool:
+    """Whether a tensor has a shape and no numbers, as `fake_mode` makes them.
+
+    Those of a simulated rank have none either, but stand for its own.
+    """
     module = sys.modules.get("torch._subclasses.fake_tensor")
-    return module is not None and isinstance(tensor, module.FakeTensor)
+    fake = module is not None and isinstance(tensor, module.FakeTensor)
+    return fake and hasattr(tensor.fake_mode, SKETCH)
 
 
 def fake_errors() -> tuple[type[Exception], ...]:
@@ -56,21 +64,24 @@ def keep_weights(module: nn.Module, made: Callable[[Any], Any]) -> None:
     vars(module)["_parameters"] = made(module._parameters)
 
 
-class Aside:
-    """A context without the innermost mode over torch's functions, if of a kind."""
+def device_kind(model: nn.Module) -> str:
+    """Where weights of a model are, which one in stages would not list to a loss."""
+    every = (w for m in model.modules() for w in m._parameters.values())
+    return next((w.device.type for w in every if w is not None), "cpu")
 
-    __slots__ = ("kind", "mode")
 
-    def __init__(self, kind: type) -> None:
-        self.kind, self.mode = kind, None
+def without(kind: type, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """`call(*args, **kwargs)` without the innermost mode over functions, if of a kind.
 
-    def __enter__(self) -> None:
-        if isinstance(overrides._get_current_function_mode(), self.kind):
-            self.mode = overrides._pop_mode()
-
-    def __exit__(self, *error: object) -> None:
-        if self.mode is not None:
-            overrides._push_mode(self.mode)
+    As a function: a context would take 1 us more, for each part of a model.
+    """
+    if not isinstance(overrides._get_current_function_mode(), kind):
+        return call(*args, **kwargs)
+    mode = overrides._pop_mode()
+    try:
+        return call(*args, **kwargs)
+    finally:
+        overrides._push_mode(mode)
 
 
 def pipe_step(schedule: Any, n: int, last: bool) -> None:
@@ -81,6 +92,20 @@ def pipe_step(schedule: Any, n: int, last: bool) -> None:
     # It hands one on with each to the last stage; there is nothing in it.
     target = torch.zeros(n) if last else None
     schedule.step(target=target, **_less(type(schedule)))
+
+
+def pipe_buffers(schedule: Any) -> list[Tensor]:
+    """What a schedule that has run once keeps for the next time to receive into.
+
+    With gradients that went back from there; between stages of one rank it keeps what
+    was handed over.
+    """
+    several = getattr(schedule, "_stages", None)
+    stages = [schedule._stage] if several is None else several
+    every = [m for s in stages for m in (s.args_recv_info, s.grad_recv_info)]
+    infos = [info for one in every for some in one.values() for info in some]
+    there = [info.buffer for info in infos if info.buffer is not None]
+    return there + [one.grad for one in there if one.grad is not None]
 
 
 @functools.cache

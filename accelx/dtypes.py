@@ -42,7 +42,7 @@ def precision(wanted: object) -> Precision:
 
 def _means(wanted: object, preset: str) -> bool:
     """Whether `wanted` is another word for `preset`: "float16", "16-mixed"."""
-    text, bits = str(wanted).lower(), preset[2:]
+    text, bits = str(wanted).lower().replace("half", "fp16"), preset[2:]
     return bits in text and ("b" in text.removeprefix("torch.")) == (preset == "bf16")
 
 
@@ -74,10 +74,16 @@ def cast(model: nn.Module, wanted: Precision | None) -> None:
     """
     if wanted is None:
         return
-    param, buffer = dtype(wanted.param), dtype(wanted.buffer)
+    param = dtype(wanted.param)
     for p in model.parameters():
         if param and p.requires_grad and p.is_floating_point() and p.dtype != param:
             p.data = p.data.to(param)
+    cast_buffers(model, wanted)
+
+
+def cast_buffers(model: nn.Module, wanted: Precision | None) -> None:
+    """Give floating buffers their dtype, in place."""
+    buffer = None if wanted is None else dtype(wanted.buffer)
     for b in model.buffers():
         if buffer and b.is_floating_point() and b.dtype != buffer:
             b.data = b.data.to(buffer)

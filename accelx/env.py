@@ -17,7 +17,13 @@ import attrs
 
 from accelx.env_axes import Axes, lay_out
 from accelx.env_detect import detect
-from accelx.env_device import choose_backend, choose_device, probe, set_device
+from accelx.env_device import (
+    choose_backend,
+    choose_device,
+    named_device,
+    probe,
+    set_device,
+)
 from accelx.env_part import rows_env, sums_env
 from accelx.env_rest import rest
 from accelx.errors import CollectiveError
@@ -44,7 +50,8 @@ def connect(
 
     `env` is by default what `detect` finds in the environment. `axes` names the axes of
     the mesh: `"replicate=2,shard=-1"`, a mapping, or a tuple of Axis; by default one
-    axis "data". `device` and `backend` are by default the best that this machine has.
+    axis "data". `device` and `backend` are by default the best that this machine has;
+    "cuda" is the one of the local rank.
     `timeout` in seconds is how long a collective may wait. `reports` is a folder where
     each rank leaves what it did last and, when nothing happens for nearly as long, its
     stacks, for `python -m accelx.doctor hang`; by default the launcher's `--logs`.
@@ -52,12 +59,14 @@ def connect(
     Effects: sets torch's current device; with several ranks opens torch's process group
     (or takes the one that is open, if it has as many ranks) and closes it at exit. One
     process opens none. Writes no environment variable. Again is the same as once.
-    Raises ValueError for axes that do not multiply to the world.
+    Raises ValueError for axes that do not multiply to the world, PlacementError for a
+    device that is not here.
     """
     env = detect(os.environ) if env is None else env
     axes = axes if axes is not None else env.axes or None
     env = attrs.evolve(env, axes=lay_out(axes, env.world))
-    env = attrs.evolve(env, device=device or _device(env))
+    chosen = _device(env) if device is None else named_device(device, env)
+    env = attrs.evolve(env, device=chosen)
     set_device(env)
     backend = backend or env.backend or choose_backend(env.device)
     env = attrs.evolve(env, backend=_join(env, backend, timeout))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 import attrs
@@ -35,6 +36,21 @@ KINDS = {
 def kind_of(device: str) -> Kind:
     """What `device`, such as "cuda:3", can do."""
     return KINDS.get(device.partition(":")[0], Kind())
+
+
+def has_float64(device: str) -> bool:
+    """Whether `device` computes in float64. Of Intel's GPUs (xpu) some do: it is asked.
+
+    Starts the context of such a device.
+    """
+    return _asked(device) if device.startswith("xpu") else kind_of(device).float64
+
+
+@cache
+def _asked(device: str) -> bool:
+    import torch
+
+    return bool(torch.xpu.get_device_properties(device).has_fp64)
 
 
 @attrs.frozen
@@ -76,6 +92,43 @@ def choose_device(hardware: Hardware, env: Env) -> str:
     if env.world > 1:
         raise PlacementError(several(env.world))
     return "xla"
+
+
+def named_device(device: object, env: Env) -> str:
+    """The device that was asked for; one of its kind with the local rank's index.
+
+    Raises TypeError for what is no text, PlacementError for a device that is not here.
+    """
+    if not isinstance(device, str):
+        near = "cpu" if isinstance(device, int) else str(device)
+        raise TypeError(
+            f'connect(device=...) wants a text such as "cuda:0", got {device!r}; write '
+            f'device="{near}"'
+        )
+    kind, _, index = device.partition(":")
+    if kind in ("cpu", "meta", "xla"):
+        return device
+    here = probe()
+    if kind != here.kind or (index and not index.isdecimal()):
+        has = f"{here.count} of {here.kind}" if here.kind else "none but the CPU"
+        raise PlacementError(
+            f"connect(device={device!r}) wants a device that torch can use, but here "
+            f'it has {has}; write connect(device="{here.kind or "cpu"}"), or leave it '
+            "out"
+        )
+    if kind_of(kind).shared and env.world > 1:
+        raise PlacementError(
+            f"{kind} is one device without collectives, but there are {env.world} "
+            'ranks; start one, or write connect(device="cpu")'
+        )
+    if kind_of(kind).shared or (index and int(index) < here.count):
+        return device
+    if index:
+        raise PlacementError(
+            f"connect(device={device!r}) wants one of the {here.count} devices here; "
+            f'write "{kind}", which is that of the local rank'
+        )
+    return _indexed(kind, here.count, env)
 
 
 def _indexed(kind: str, count: int, env: Env) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 import attrs
 import torch
 
+from accelx import cgroup
+
 FULL = (  # what allocators say where they have no error type of their own
     "out of memory",
     "can't allocate memory",
@@ -112,18 +114,23 @@ def _room(limits: bool) -> int:
     return min(rooms)
 
 
-def _of_group() -> list[int]:
-    """What the control group (version 2) leaves, where it has a limit."""
-    found = re.search(r"^0::/(.*)$", Path("/proc/self/cgroup").read_text(), re.M)
-    folder = Path("/sys/fs/cgroup") / (found[1] if found else "")
-    try:
-        most = (folder / "memory.max").read_text().strip()
-        used = int((folder / "memory.current").read_text())
-        stat = (folder / "memory.stat").read_text()
-    except FileNotFoundError:
-        return []
-    cached = re.search(r"^file (\d+)$", stat, re.M)  # given back when it is wanted
-    return [] if most == "max" else [int(most) - used + int(cached[1] if cached else 0)]
+def _of_group(root: Path = cgroup.ROOT) -> list[int]:
+    """What the control groups around this process leave, where they have a limit."""
+    rooms: list[int] = []
+    for folder in cgroup.folders("memory", root):
+        most, used, stat = (
+            cgroup.text(folder / new) or cgroup.text(folder / old)
+            for new, old in (
+                ("memory.max", "memory.limit_in_bytes"),
+                ("memory.current", "memory.usage_in_bytes"),
+                ("memory.stat", "memory.stat"),
+            )
+        )
+        if most.isdecimal() and used.isdecimal():
+            # file pages are given back when memory is wanted
+            cached = re.search(r"^(?:file|total_cache) (\d+)$", stat, re.MULTILINE)
+            rooms.append(int(most) - int(used) + int(cached[1] if cached else 0))
+    return rooms
 
 
 _CPU = Meter(_start, lambda: _status("VmHWM"), _room)

@@ -13,9 +13,10 @@ from torch import Tensor
 from accelx import comm, tree
 from accelx.cut import Args, mean_of, rows_in, unmarked
 from accelx.engines.buffers import say_parted
+from accelx.engines.kept import as_at_init
 from accelx.engines.methods import say_sliced
 from accelx.engines.placed import UNPLACED
-from accelx.env_device import kind_of
+from accelx.env_device import has_float64
 from accelx.env_part import rows_env
 from accelx.errors import LossError, NeutralityWarning, PlacementError
 from accelx.fit_full import say_full
@@ -50,6 +51,7 @@ def pipeline(tx: Transform, loss: Loss) -> Whole:
         placed = state.slots.get("shard_model", UNPLACED)
         engine, env = placed.engine, placed.env
         if made[0] is not engine or made[1] is not env:
+            as_at_init(state)
             made[:] = engine, env, _composed(tx, loss, engine, env)
         return made[2](state, args)
 
@@ -135,6 +137,7 @@ def weighed(
     scaler, unit, count = state.slots.get("loss_scale"), rows.total or 1, rows.rows
     up = 1.0 if scaler is None else scaler.scale
     usual = type(result) is Tensor and share == 1 and not rows.padded and count
+    usual = usual and result.is_floating_point()  # not complex, which `read` refuses
     if usual and result.requires_grad and not result.dim():  # without another call
         return result, up * (count / unit), Out(result.detach(), count)
     value, aux = read(result)
@@ -346,15 +349,15 @@ def _fields(finish: Callable[[], Out], rows: int) -> Late:
 
 def _packed(means: list[Mean], env: Env) -> Tensor:
     """Totals and weights side by side, in float64 where the device has it."""
-    wide = torch.float64 if kind_of(env.device).float64 else torch.float32
+    wide = torch.float64 if has_float64(env.device) else torch.float32
     first = means[0].total
     device = first.device if isinstance(first, Tensor) else env.device
-    each = [
-        torch.as_tensor(v, dtype=wide, device=device).reshape(())
-        for m in means
-        for v in (m.total, m.weight)
-    ]
-    return torch.stack(each)
+    values: list[Any] = [v for m in means for v in (m.total, m.weight)]
+    packed = torch.empty(len(values), dtype=wide, device=device)
+    for i, value in enumerate(values):  # a number needs no copy to the device
+        known = isinstance(value, Tensor | int | float)
+        packed[i] = value if known else torch.as_tensor(value)
+    return packed
 
 
 def _dtype(total: Any) -> torch.dtype:

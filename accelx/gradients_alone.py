@@ -42,6 +42,7 @@ def alone(
         try:
             result = loss(state.model, *args)
             plain = type(result) is Tensor and result.requires_grad and not result.ndim
+            plain = plain and result.is_floating_point()
             if plain:
                 out = Out(result.detach(), rows)
                 engine.backward(state, result, 1.0)

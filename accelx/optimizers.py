@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from accelx import _torch
 from accelx.errors import MissingExtraError, PlacementError, UnusedParameterError
 from accelx.match import globs
 from accelx.saves.spread import elsewhere
@@ -81,6 +82,16 @@ def _check(one: Any) -> None:
             "step is not one gradient and cannot be accumulated, clipped or reduced "
             "once; use an optimizer whose step() takes no closure, such as AdamW"
         )
+    for group in one.param_groups:
+        at_once = [word for word in ("foreach", "fused") if group.get(word)]
+        if at_once and _torch.mixed(group["params"]):
+            raise PlacementError(
+                f"{at_once[0]}=True updates weights of a group at once, and wants them "
+                f"all in slices or all whole, but a group of {type(one).__name__} has "
+                "both; give those that shard_model leaves whole a group of their own, "
+                'ax.param_groups(m, {"head.**": {}, "**": {}}), or leave '
+                f"{at_once[0]} out"
+            )
 
 
 def _covers(optimizers: tuple[Any, ...], model: nn.Module) -> None:

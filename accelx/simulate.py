@@ -9,7 +9,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from accelx import _torch_simulate, gradients
+from accelx import _torch_simulate, _torch_stages, gradients
 from accelx.cut import rows_in
 from accelx.engines.options import SLICED
 from accelx.engines.placed import engine_of
@@ -17,16 +17,18 @@ from accelx.env import close, connect
 from accelx.env_axes import Axes
 from accelx.env_part import rows_env
 from accelx.errors import PlacementError
+from accelx.passes.accumulate import accumulate
 from accelx.records import Env, Loss, Transform
 from accelx.run import init
 from accelx.simulate_live import Live
+from accelx.simulate_stages import SentOn, received, receiving, unheard
 from accelx.simulate_wire import Kept, Sent, size_of
 from accelx.state import State
 
 __all__ = ["Simulated", "simulate"]
 GIB = 2**30
-# ranks that train apart, other stages, and tokens that go where numbers say
-UNTOLD = ("shard_stages", "shard_experts", "with_local_sgd", "with_diloco")
+ALONE = ("shard_model", "shard_tensors", "shard_experts", "shard_sequence")
+UNTOLD = ("with_local_sgd", "with_diloco")  # whose ranks train apart
 
 
 @attrs.frozen
@@ -39,21 +41,25 @@ class Simulated:
     weights: int
     gradients: int
     optimizer: int
-    activations: int  # what one microbatch keeps for its backward pass
+    activations: int  # what microbatches in flight keep for their backward passes
+    received: int  # what stages receive into
     peak: int  # the most at a time, with what is gathered for a moment
     sent: Mapping[str, int]
 
     @property
     def total(self) -> int:
         """Bytes that the rank holds at the end of a forward pass."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        held = self.weights + self.gradients + self.optimizer
+        return held + self.activations + self.received
 
     def __str__(self) -> str:
-        held = ("weights", "gradients", "optimizer", "activations", "total", "peak")
+        held = ["weights", "gradients", "optimizer", "activations"]
+        held += ["received"] if self.received else []
         lines = [
             f"{self.parameters / 1e9:.2f} B parameters, rank {self.rank} of "
             f"{self.world}; GiB on this rank, and sent by it in a step:"
         ]
+        held += ["total", "peak"]
         lines += [f"  {name:<19}{getattr(self, name) / GIB:10.3f}" for name in held]
         lines += [f"  {n:<19}{size / GIB:10.3f} sent" for n, size in self.sent.items()]
         return "\n".join(lines)
@@ -100,6 +106,12 @@ def simulate(
         tx = chained(env)
         _possible(tx)
         return _simulated(env, tx, model, optim, loss, args)
+    except _torch_stages.fake_errors() as error:
+        raise PlacementError(
+            "simulate wants a model and a loss that run on shapes alone, but one of "
+            f"them asks for a number ({error}); leave float(x), x.item() and branches "
+            "on values out of what is simulated"
+        ) from error
     finally:
         close(env)
 
@@ -121,7 +133,7 @@ def _unanswered(tx: Transform) -> str | None:
     placing = tx.find("shard_model")
     if placing is None:
         return "no shard_model"
-    if placing.kind in SLICED or _inside(tx):
+    if placing.kind in SLICED or _laid(tx):
         return None
     if placing.kind != "ddp":
         return repr(placing.kind)
@@ -131,17 +143,24 @@ def _unanswered(tx: Transform) -> str | None:
     return 'ranks that share rows under "ddp"' if alike else None
 
 
-def _inside(tx: Transform) -> bool:
-    """Whether ranks have parts of layers, which are not placed by DDP."""
-    spec = tx.find("shard_tensors")
-    return spec is not None and spec.over.world > 1
+def _laid(tx: Transform) -> bool:
+    """Whether ranks have parts of a copy, which are not placed by DDP."""
+    parts = [tx.find("shard_tensors"), tx.find("shard_experts")]
+    stages = tx.find("shard_stages")
+    inside = any(one is not None and one.over.world > 1 for one in parts)
+    return inside or (stages is not None and stages.ranks > 1)
 
 
 def _copied(tx: Transform) -> Transform | None:
     """The chain of one copy, whose gradients DDP would send from C++; else None."""
-    if tx.find("shard_model").kind != "ddp" or _inside(tx):
+    if tx.find("shard_model").kind != "ddp" or _laid(tx):
         return None
-    return Transform(tuple(p for p in tx if p.name != "shard_model"))
+    passes = [
+        accumulate(p.spec.n).passes[0] if p.name == "shard_stages" else p
+        for p in tx
+        if p.name not in ALONE
+    ]
+    return Transform(tuple(passes))
 
 
 def _simulated(
@@ -161,12 +180,18 @@ def _simulated(
     with _torch_simulate.alike():
         state = init(tx, whole, optim)
     own = [_torch_simulate.own_of(p) for p in state.model.parameters()]
-    placed_on = gradients.env_of(state)
-    inner = gradients.unreduced(tx, loss, engine_of(state), placed_on)
+    placed_on, engine = gradients.env_of(state), engine_of(state)
+    staged = engine.through is not None
+    engine = unheard(engine) if staged else engine
+    inner = gradients.unreduced(tx, loss, engine, placed_on)
     kept, live = Kept(own), Live(mode)
-    with kept.hooks, live.resizing, Sent(live) as sent:
+    resizing = _torch_simulate.resizing(live.resized, kept.resized)
+    counting = SentOn(live) if staged else Sent(live)
+    with kept.hooks, resizing, counting as sent, receiving(live, kept):
         grown = [] if copy is None else _bucketed(state)
         state, _ = inner(state, args, rows_in(args, placed_on.world))
+        if staged:  # it reduces once, when all microbatches are through
+            engine.settle(state, 1.0)
     for p in grown:
         p.grad = p.grad if _torch_simulate.touched(p.grad) else None
     grads = [p.grad for _, p in state.trained if p.grad is not None]
@@ -179,7 +204,8 @@ def _simulated(
         *(env.rank, env.world, count, size_of(own)),
         gradients=own_grads,
         optimizer=moments,
-        activations=kept.total or 0,
+        activations=kept.most,
+        received=received(state) if staged else 0,
         peak=size_of(own) + moments + live.most,
         sent=dict(sent.bytes),
     )

@@ -18,17 +18,20 @@ class Live:
         self.mode = mode
         self.now = self.most = 0
         self.sizes = dict[int, tuple[Any, int]]()  # identity -> reference, bytes
-        self.resizing = _torch_simulate.resizing(self.resized)
 
     def made(self, func: Any, args: Any, result: Any) -> None:
         """Count what an operation has made."""
         for storage in _torch_simulate.moved(func, args):
             self._gone(_torch_simulate.identity(storage))
         for storage in _torch_simulate.made(func, result, self.mode):
-            key = _torch_simulate.identity(storage)
-            if key not in self.sizes:
-                self.sizes[key] = weakref.ref(storage, self._forget(key)), 0
-                self.resized(storage)
+            self.held(storage)
+
+    def held(self, storage: Any) -> None:
+        """Count a storage from now on, for as long as it is there."""
+        key = _torch_simulate.identity(storage)
+        if key not in self.sizes:
+            self.sizes[key] = weakref.ref(storage, self._forget(key)), 0
+            self.resized(storage)
 
     def resized(self, storage: Any) -> None:
         """Count a storage that was made here with the size that it has now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -20,9 +21,7 @@ def size_of(tensors: list[Tensor]) -> int:
 class Sent(_torch.DispatchMode):
     """Counts bytes that this rank sends, where each collective goes round in a ring.
 
-    Of n bytes that come together over g ranks a rank sends (g - 1) / g n, twice that in
-    a sum of which all get all (Thakur, Rabenseifner, Gropp 2005). `live` is told of
-    each operation, too.
+    `live` is told of each operation, too.
     """
 
     def __init__(self, live: Live) -> None:
@@ -39,33 +38,47 @@ class Sent(_torch.DispatchMode):
             return NotImplemented  # it comes again, as operations on its slices
         found = _torch_simulate.collective(func, args, kwargs or {})
         if found is not None:
-            name, whole, ranks = found
-            self.bytes[name] += whole * (ranks - 1) // ranks
+            name, size = found
+            self.bytes[name] += size
         result = func(*args, **(kwargs or {}))
         self.live.made(func, args, result)
         return result
 
 
 class Kept:
-    """Counts bytes that a forward pass keeps for the backward, weights left out."""
+    """Bytes that forward passes keep for the backward, the most at a time.
 
-    def __init__(self, weights: list[Tensor]) -> None:
-        self.seen = {_torch.storage_id(t) for t in weights}
-        self.storages: list[Any] = []
-        self.total: int | None = None
+    What is there anyway, as weights are, is left out, and weights that are gathered.
+    """
+
+    def __init__(self, others: list[Tensor]) -> None:
+        self.others = {_torch.storage_id(t) for t in others}
+        self.storages = dict[int, Any]()  # identity -> reference
+        self.grown = False
+        self.most = 0
         self.hooks: Any = torch.autograd.graph.saved_tensors_hooks(
             self._pack, self._unpack
         )
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        local = _torch_simulate.own_of(tensor)
-        if _torch.storage_id(local) not in self.seen:
-            self.seen.add(_torch.storage_id(local))
-            self.storages.append(local.untyped_storage())
+        storage = _torch_simulate.own_of(tensor).untyped_storage()
+        key = _torch_simulate.identity(storage)
+        if key not in self.others and key not in self.storages:
+            self.storages[key] = weakref.ref(storage, self._forget(key))
+        self.grown = True
         return tensor
 
     def _unpack(self, tensor: Tensor) -> Tensor:
-        if self.total is None:  # backward begins: gathered weights are gone again
-            self.total = sum(storage.nbytes() for storage in self.storages)
-            self.storages.clear()  # each goes when the backward pass is through with it
+        if self.grown:  # a backward begins: gathered weights are gone again
+            self.grown = False
+            there = [one for ref in self.storages.values() if (one := ref())]
+            self.most = max(self.most, sum(one.nbytes() for one in there))
         return tensor
+
+    def resized(self, storage: Any) -> None:
+        """Leave out what comes and goes: FSDP2 gathers weights into it."""
+        self.others.add(_torch_simulate.identity(storage))
+        self.storages.pop(_torch_simulate.identity(storage), None)
+
+    def _forget(self, key: int) -> Any:
+        return lambda _: self.storages.pop(key, None)

@@ -78,7 +78,7 @@ PEERS = {
     },
     "hsdp": {},
     "tensor": {"fabric": hand.fabric(hand.fabric_tensor, 1, hand.by_kind)},
-    "pipeline": {},
+    "pipeline": {"told": hand.pipeline_told},
     "zero2": {"accelerate": hand.accelerate_zero(2)},
     "zero3": {"accelerate": hand.accelerate_zero(3)},
 }
@@ -155,7 +155,7 @@ def figures(case: str, n: int, rounds: int) -> list[dict]:
     return found
 
 
-NAMES = ("accelx", "accelerate", "fabric")
+NAMES = ("accelx", "accelerate", "fabric", "told")
 
 
 def shown(row: dict, name: str) -> str:
@@ -186,11 +186,13 @@ def write(rows: list[dict]) -> None:
         "before the launch. accelerate leaves FSDP2 out on CPU ranks in silence, so "
         "it was told that it has a GPU's; Fabric's is its strategy for models that the "
         "user's function cuts. Where a cell is empty the peer has nothing like it, or "
-        "refuses it on CPU ranks.",
+        "refuses it on CPU ranks. A pipeline by hand has its loss on the last rank "
+        "alone; all told, it is sent to the others, as accelx does. That a stage has "
+        "failed, or a weight no gradient, neither of both tells.",
         "",
         "| engine | ranks | work | by hand, ms a step (CPU) | accelx "
-        "| accelerate 1.15.0 | Fabric 2.6.6 | rounds | load |",
-        f"|{'---|' * 9}",
+        "| accelerate 1.15.0 | Fabric 2.6.6 | by hand, all told | rounds | load |",
+        f"|{'---|' * 10}",
     ]
     for row in rows:
         told = " | ".join(shown(row, name) for name in NAMES)
@@ -215,7 +217,7 @@ def plot(rows: list[dict]) -> None:
     places = range(len(rows))
     clocks = {"times": "elapsed time", "cpu": "CPU time of rank 0"}
     for pane, (clock, title) in zip(panes, clocks.items(), strict=True):
-        for name, shape in zip(NAMES, "osx", strict=True):
+        for name, shape in zip(NAMES, "osx+", strict=True):
             known = [
                 (i, r[clock][name]) for i, r in enumerate(rows) if name in r[clock]
             ]

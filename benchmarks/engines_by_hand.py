@@ -123,7 +123,7 @@ def tensor(work: Work) -> Run:
     return loop(work, model, by_kind(model), batch(work, 0, 1))
 
 
-def pipeline(work: Work) -> Run:
+def pipeline(work: Work, told: bool = False) -> Run:
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -134,17 +134,28 @@ def pipeline(work: Work) -> Run:
     optim = optimizer(model)
     x, y = batch(work, 0, 1)
 
+    def mean(losses: list[Tensor]) -> Tensor | None:
+        return torch.stack(losses).mean().detach() if losses else None
+
     def run() -> Tensor | None:
         for _ in range(work.steps):
             losses: list[Tensor] = []
             given = (x,) if rank == 0 else ()
             wanted = {"target": y, "losses": losses} if rank == world - 1 else {}
             schedule.step(*given, **wanted)
+            if told:
+                loss = torch.zeros(()) if rank < world - 1 else mean(losses)
+                dist.broadcast(loss, world - 1)
             optim.step()
             optim.zero_grad()
-        return torch.stack(losses).mean().detach() if losses else None
+        return loss if told else mean(losses)
 
     return run
+
+
+def pipeline_told(work: Work) -> Run:
+    """That, with the loss on every rank, as `Out.loss` is."""
+    return pipeline(work, told=True)
 
 
 def zero(stage: int) -> Callable[[Work], Run]:

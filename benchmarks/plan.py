@@ -17,7 +17,11 @@ import accelx as ax
 from accelx.simulate import simulate
 from accelx.testing import run
 
+MICRO = 8  # microbatches of a row, where there are stages
+STAGES = "data=16,stage=8,tensor=8"
 LAYOUTS = {
+    "fsdp2 x stage x tensor, first": ("fsdp2", STAGES),
+    "fsdp2 x stage x tensor, last": ("fsdp2", STAGES),
     "hsdp x tensor, no remat": ("hsdp", "replicate=4,shard=32,tensor=8"),
     "hsdp x tensor": ("hsdp", "replicate=4,shard=32,tensor=8"),
     "fsdp2 x tensor": ("fsdp2", "shard=128,tensor=8"),
@@ -48,12 +52,14 @@ def planned(name: str):
     def chained(env):
         place = ax.shard_model(env, kind, blocks="model.layers.*")
         cut = [ax.shard_tensors(env)] if "tensor" in axes else []
+        cut += [ax.shard_stages(env, "balanced", MICRO)] if "stage" in axes else []
         again = [] if "no remat" in name else [ax.remat("model.layers.*")]
         return ax.chain(place, *cut, *again)
 
-    config = transformers.LlamaConfig(**CONFIG)
-    tokens = torch.zeros(1, TOKENS, dtype=torch.int64)
-    began = time.perf_counter()
+    rows = MICRO if "stage" in axes else 1
+    config = transformers.LlamaConfig(**CONFIG, use_cache="stage" not in axes)
+    tokens = torch.zeros(rows, TOKENS, dtype=torch.int64)
+    began = time.process_time()
     plan = simulate(
         chained,
         lambda: transformers.LlamaForCausalLM(config),
@@ -62,14 +68,15 @@ def planned(name: str):
         tokens,
         world=1024,
         axes=axes,
+        rank=1023 if "last" in name else 0,
     )
-    return plan, time.perf_counter() - began
+    return plan, time.process_time() - began
 
 
 def table(plans) -> list[str]:
     """A row for each layout, in GiB."""
     sent = sorted({kind for plan, _ in plans.values() for kind in plan.sent})
-    held = ["weights", "gradients", "optimizer", "activations", "total"]
+    held = ["weights", "gradients", "optimizer", "activations", "received", "total"]
     columns = ["layout", *held, *(f"{kind}, sent" for kind in sent), "s"]
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for name, (plan, seconds) in plans.items():
@@ -88,10 +95,11 @@ def main() -> None:
     lines = [
         "# A simulated rank of 1,024, Llama of 70 B parameters",
         "",
-        f"float32, AdamW, one row of {TOKENS} tokens a rank, blocks computed again in",
-        "the backward pass (remat). GiB that rank 0 holds, and that it sends a step. "
+        f"float32, AdamW, one row of {TOKENS} tokens a rank, {MICRO} of them in stages",
+        "(1f1b, one by one), blocks computed again in the backward pass (remat). GiB",
+        "that rank 0 holds, or the last where it says so, and that it sends a step. "
         f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
-        f"{time.strftime('%Y-%m-%d')}; s: seconds that the plan took.",
+        f"{time.strftime('%Y-%m-%d')}; s: seconds of one core that the plan took.",
         "",
         *table(plans),
     ]

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from accelx import comm
-from accelx.env_device import kind_of
+from accelx.env_device import has_float64
 from accelx.equivalences import trace
 from accelx.equivalences.compare import Settings
 from accelx.equivalences.report import Layout
@@ -38,7 +38,7 @@ def wanted(what: str, fine: bool, got: object) -> None:
 
 
 def _dtype(env: Env) -> torch.dtype:
-    return torch.float64 if kind_of(env.device).float64 else torch.float32
+    return torch.float64 if has_float64(env.device) else torch.float32
 
 
 def collectives(env: Env) -> None:

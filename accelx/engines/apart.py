@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from accelx.state import State
 
 CHUNK = 1 << 24  # elements that travel at once
+NAMES = ("with_local_sgd", "with_diloco")  # slots with an Apart, or around one
 
 
 def part(state: State, tx: Transform, name: str, env: Env, every: int) -> State:
@@ -42,6 +43,12 @@ def part(state: State, tx: Transform, name: str, env: Env, every: int) -> State:
             f"{name} wants the Env of shard_model, {here.env!r}, got {env!r}; write "
             "env = ax.connect() once, for both"
         )
+    for option in ("hook", "static_graph"):
+        if getattr(spec, option):
+            raise PlacementError(
+                f"{option}={getattr(spec, option)!r} is of gradients that ddp reduces, "
+                f'but with {name} none are; write shard_model(env, "ddp") without it'
+            )
     if env.world == 1:
         return state
     saves = tx.find("save_state")
@@ -109,8 +116,16 @@ def clip(state: State, limit: float | None) -> Tensor:
 
 def agree(state: State, env: Env) -> None:
     """Put the mean over ranks into trained weights and running statistics, in place."""
-    drifting = placed.statistics(state.model)
+    drifting = placed.statistics(placed.drifters(state.model))
     average(env, [*(p for _, p in state.trained), *drifting])
+
+
+def agreed(state: State, what: str) -> None:
+    """Refuse `what` between means. Raises CheckpointError on all ranks."""
+    for name in NAMES:
+        slot = state.slots.get(name)
+        if slot is not None:
+            getattr(slot, "apart", slot).check(what)
 
 
 def average(env: Env, each: Iterable[Tensor]) -> None:
@@ -165,14 +180,19 @@ class Apart:
 
     def state_dict(self) -> dict[str, Any]:
         """What is saved. Raises CheckpointError where weights differ over ranks."""
+        then = f"save then (save_state(env, url, every={self.every}))"
+        self.check("a checkpoint", then)
+        return {"own": rows_of(self.env, self.optimizers)}
+
+    def check(self, what: str, instead: str = "do it then") -> None:
+        """Raise CheckpointError where weights differ over ranks."""
         if self.since and self.env.world > 1:
             raise CheckpointError(
-                f"a checkpoint wants weights that all ranks agree on, but {self.since} "
+                f"{what} wants weights that all ranks agree on, but {self.since} "
                 f"updates were made since; with {self.name} ranks agree after each "
-                f"{self.every} updates: save then (save_state(env, url, "
-                f"every={self.every})), or write state = ax.{self.name}(...)(state)"
+                f"{self.every} updates: {instead}, or write "
+                f"state = ax.{self.name}(...)(state)"
             )
-        return {"own": rows_of(self.env, self.optimizers)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave, once the optimizers have theirs."""

@@ -6,7 +6,9 @@ precision and schedules are the chain's, as on every engine.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from accelx import deferred, dtypes
 from accelx.engines import (
     copies,
+    deepspeed_carry,
     deepspeed_config as configs,
     deepspeed_cut,
     deepspeed_held,
@@ -22,16 +25,28 @@ from accelx.engines import (
     deepspeed_slices,
     deepspeed_step as step,
     placed,
+    suited,
 )
 from accelx.engines.placed import Placed, Plan
-from accelx.errors import PlacementError
+from accelx.errors import NeutralityWarning, PlacementError
 from accelx.records import Engine, Transform
 
 if TYPE_CHECKING:
     from accelx.state import State
 
 # Optimizers that look at more of a weight than one entry, or that DeepSpeed replaces.
-NOT_FLAT = ("Adafactor", "Muon", "Adagrad", "SparseAdam")
+NOT_FLAT = (
+    *("Adafactor", "Muon", "Adagrad", "SparseAdam"),
+    *("Lamb", "LAMB", "FusedLamb", "OnebitLamb", "Lars", "LARS", "Shampoo", "SOAP"),
+)
+# Those that update each number by itself, of torch and of DeepSpeed.
+FLAT = (
+    *("Adam", "AdamW", "SGD", "RMSprop", "RAdam", "NAdam", "Adamax", "Adadelta"),
+    *("ASGD", "Rprop"),
+    *("DeepSpeedCPUAdam", "FusedAdam", "DeepSpeedCPULion", "FusedLion"),
+)
+
+_REDUCED = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check(plan: Plan, tx: Transform) -> None:
@@ -47,6 +62,9 @@ def check(plan: Plan, tx: Transform) -> None:
             "deepspeed reduces over all ranks, but ranks along some axes of this Env "
             'share their rows; write shard_model(env, "fsdp2")'
         )
+    if plan.env.world > 1:
+        settings = configs.config(plan.options, tx)["zero_optimization"]
+        deepspeed_open.check(plan.env, settings)
 
 
 def place(model: nn.Module, plan: Plan) -> Placed:
@@ -57,6 +75,8 @@ def place(model: nn.Module, plan: Plan) -> Placed:
     """
     stage = configs.stage_of(plan.options)
     _sendable(model, stage)
+    if stage:
+        suited.dense(model)
     if stage == 3:
         return _cut(model, plan, Tensor.detach)
     model.to(plan.env.device)
@@ -78,6 +98,7 @@ def place_deferred(factory: Callable[[], nn.Module], plan: Plan) -> Placed:
     placed.claim(model, plan.env, plan.fills)
     placed.check(model, plan)
     _sendable(model, 3)
+    suited.dense(model)
     return _cut(model, plan, recorder.full)
 
 
@@ -141,9 +162,9 @@ def _begin(state: State, tx: Transform) -> State:
     _trainable(state, seat.stage)
     (seat.optimizer,) = state.optimizers
     seat.groups = [list(group["params"]) for group in seat.optimizer.param_groups]
-    used = seat.used.add  # not the seat, which a weight would keep for good
-    for _, p in state.trained:  # before DeepSpeed's own, which take gradients away
-        p.register_post_accumulate_grad_hook(lambda p: used(id(p)))
+    used = seat.used  # not the seat, which a weight would keep for good
+    for name, p in state.trained:  # before DeepSpeed's own, which take gradients away
+        p.register_post_accumulate_grad_hook(partial(used.note, name))
     if seat.cut:
         deepspeed_cut.bare(state.model)
     limit = tx.find("clip")
@@ -152,6 +173,8 @@ def _begin(state: State, tx: Transform) -> State:
     seat.engine = deepspeed_open.initialize(
         here.env, state.model, seat.optimizer, config
     )
+    seat.carried = deepspeed_carry.carried(seat.engine.optimizer, seat.stage, here.env)
+    seat.look()
     return state
 
 
@@ -163,11 +186,13 @@ def _trainable(state: State, stage: int) -> None:
             f"deepspeed takes one optimizer a model, got {', '.join(kinds)}; give one "
             'with groups: ax.param_groups(...), or write shard_model(env, "fsdp2")'
         )
-    wide = [n for n, p in state.trained if p.dtype == torch.float64]
-    if wide:
+    odd = [(n, p) for n, p in state.trained if p.dtype not in _REDUCED]
+    if odd:
+        names, kind = ", ".join(n for n, _ in odd[:5]), odd[0][1].dtype
+        better = 'add with_precision("fp32"), or ' if kind == torch.float64 else ""
         raise PlacementError(
-            f"DeepSpeed reduces no gradient in float64, but {', '.join(wide[:5])} have "
-            'such; add with_precision("fp32"), or write shard_model(env, "fsdp2")'
+            f"DeepSpeed reduces no gradient in {kind}, but {names} would have such; "
+            f'{better}write shard_model(env, "ddp")'
         )
     if not stage:
         return
@@ -176,6 +201,14 @@ def _trainable(state: State, stage: int) -> None:
             f"ZeRO stage {stage} updates flat slices of weights, and {kinds[0]} would "
             'update weights otherwise; write stage=0, shard_model(env, "fsdp2"), or '
             "another optimizer, such as AdamW"
+        )
+    if not any(one.__name__ in FLAT for one in type(state.optimizers[0]).__mro__):
+        warnings.warn(
+            f"ZeRO stage {stage} updates flat slices of weights, and nothing is known "
+            f"of {kinds[0]}: if it looks at more of a weight than one number, at its "
+            'norm or shape, it trains otherwise here; then write stage=0, or "fsdp2"',
+            NeutralityWarning,
+            stacklevel=2,
         )
     other = [f"{n} is {p.dtype}" for n, p in state.trained if p.dtype != torch.float32]
     if other:
@@ -238,6 +271,7 @@ def _written(seat: step.Seat) -> None:
     kept = seat.zero.persistent_parameters
     if kept:
         kept[0].all_gather(kept)
+    seat.look()
 
 
 ENGINE = Engine(
@@ -247,5 +281,6 @@ ENGINE = Engine(
     step.update,
     step.clip,
     step.quiet,
+    step.carry,
     drop=step.drop,
 )

@@ -45,8 +45,10 @@ _ZERO_NOT = {
     "zero_quantized_weights": "it computes with other numbers",
     "zero_quantized_gradients": "it computes with other numbers",
     "zero_quantized_nontrainable_weights": "it computes with other numbers",
+    "cpu_offload": "it is an old name; write shard_model(offload=True)",
+    "cpu_offload_params": 'it is an old name; write offload_param, {"device": "cpu"}',
 }
-_OFFLOADS = ("offload_optimizer", "offload_param")
+_OFFLOADS = {"offload_optimizer": 1, "offload_param": 3}  # from which stage
 _FIXED = {  # what every configuration has
     "train_micro_batch_size_per_gpu": 1,  # asked for, and counts nothing here
     "gradient_accumulation_steps": 1,
@@ -90,7 +92,7 @@ def slicing(options: Options) -> dict[str, Any]:
     """The part of it that no other pass has a say in: what is where, and in slices."""
     stage, zero = stage_of(options), _zero(options)
     for key, why in _ZERO_NOT.items():
-        if _left(zero.get(key)):
+        if _left(zero.get(key)) not in (None, False):
             raise PlacementError(
                 f"zero_optimization.{key}={zero[key]!r} of the configuration is not "
                 f"taken: {why}; leave it out"
@@ -146,22 +148,31 @@ def _agrees(theirs: Mapping[str, Any], tx: Transform) -> None:
             if key.startswith(("zero_", "managed"))
         },
     }
-    for key, said in theirs.items():
-        if key in chain:
-            if said != chain[key][0]:
-                raise _clash(key, said, chain[key][1])
-        elif key in _HOMES:
-            off = isinstance(said, Mapping) and _left(said.get("enabled")) is False  # type: ignore[reportUnknownMemberType]
-            if not off:
-                raise PlacementError(
-                    f"{key}={said!r} of the configuration has its place in the chain; "
-                    f"leave it out, and write {_HOMES[key]}"
-                )
-        elif key not in _PASSED:
-            raise PlacementError(
-                f"{key}={said!r} of the configuration would have no effect: accelx "
-                "calls DeepSpeed's gradients and update, not its loop; leave it out"
-            )
+    found = [_fault(key, said, chain) for key, said in theirs.items()]
+    faults = [one for one in found if one is not None]
+    if faults:
+        many = f"{len(faults)} settings are not to be had as the configuration has them"
+        each = "\n  ".join([f"{many}:", *faults])
+        raise PlacementError(each if faults[1:] else faults[0])
+
+
+def _fault(key: str, said: Any, chain: Mapping[str, tuple[Any, str]]) -> str | None:
+    """What is wrong with a setting beside the chain, and what to write."""
+    if key in chain:
+        other, ours = chain[key]
+        return None if said == other else str(_clash(key, said, ours))
+    switch = said.get("enabled") if isinstance(said, Mapping) else said  # type: ignore[reportUnknownMemberType]
+    if key in _PASSED or switch is False:
+        return None
+    if key in _HOMES:
+        return (
+            f"{key}={said!r} of the configuration has its place in the chain; "
+            f"leave it out, and write {_HOMES[key]}"
+        )
+    return (
+        f"{key}={said!r} of the configuration would have no effect: accelx "
+        "calls DeepSpeed's gradients and update, not its loop; leave it out"
+    )
 
 
 def _clash(key: str, said: Any, ours: str) -> PlacementError:
@@ -192,10 +203,11 @@ def _offloaded(options: Options, stage: int, zero: dict[str, Any]) -> dict[str, 
                 f"zero_optimization.{key} wants the device cpu, got {zero[key]!r}; "
                 f'write {{"device": "cpu"}}'
             )
-        if where == "cpu" and not stage:
+        if where == "cpu" and stage < _OFFLOADS[key]:
             raise PlacementError(
-                f"{key} wants slices to offload, got stage=0, which keeps all on every "
-                "rank; write stage=2, or leave offload out"
+                f"{key} wants slices to offload, got stage={stage}, which keeps them "
+                f"whole on every rank; write stage={max(2, _OFFLOADS[key])}, or leave "
+                "it out"
             )
     away = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     if stage in (1, 2) and not away:

@@ -30,6 +30,7 @@ def cut(model: nn.Module, plan: Plan, full: Full) -> None:
     for buffer in model.buffers():
         buffer.data = full(buffer).to(device)
         copies.from_main(buffer, device)
+    dtypes.cast_buffers(model, plan.precision)
     with deepspeed_open.slicing(plan.env, configs.slicing(plan.options)) as slice_:
         for weight in model.parameters():
             form = tuple(weight.shape)

@@ -26,10 +26,41 @@ def initialize(env: Env, model: Any, optimizer: Any, config: dict[str, Any]) -> 
     3, slices. Raises MissingExtraError where DeepSpeed is missing or too old.
     """
     with _ready(env) as deepspeed:
-        made = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=config, dist_init_required=False
-        )
+        try:
+            made = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                config=config,
+                dist_init_required=False,
+            )
+        except (AssertionError, ValueError) as error:
+            raise PlacementError(
+                f"DeepSpeed does not take this model, {type(optimizer).__name__} and "
+                f"configuration together ({error}), which is, with what accelx adds, "
+                f"{config!r}; leave out, or change, what it names"
+            ) from error
     return made[0]
+
+
+def check(env: Env, zero: dict[str, Any]) -> None:
+    """Refuse settings of ZeRO that DeepSpeed does not know, before a model is made.
+
+    Raises PlacementError with what DeepSpeed says, MissingExtraError as `initialize`.
+    """
+    with _quietly(env):
+        kind = _imported(env).runtime.zero.config.DeepSpeedZeroConfig
+        try:
+            kind(**zero)
+        except ValueError as error:  # pydantic's
+            said = [
+                f"{'.'.join(map(str, one['loc'])) or 'all'}: {one['msg']}"
+                for one in getattr(error, "errors", list)()
+            ]
+            raise PlacementError(
+                f"zero_optimization of the configuration, {zero!r}, is not as "
+                f"DeepSpeed wants it ({'; '.join(said) or error}); leave that out, or "
+                "correct it"
+            ) from error
 
 
 def save(env: Env, engine: Any, folder: str, name: str) -> None:

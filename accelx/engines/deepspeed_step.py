@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -12,12 +13,34 @@ from torch import Tensor
 
 from accelx import _torch, comm
 from accelx.engines import placed, plain
+from accelx.engines.deepspeed_carry import Carried
 from accelx.engines.placed import Placed, Plan
 from accelx.errors import PlacementError
 from accelx.nonfinite import NonFiniteError
 
 if TYPE_CHECKING:
     from accelx.state import State
+
+
+@attrs.define(eq=False)
+class Used:
+    """Which weights got a gradient: since the last step, and in this backward pass."""
+
+    names: set[str] = attrs.field(factory=set)
+    now: set[str] | None = None  # None where a second one does no harm
+
+    def note(self, name: str, weight: Tensor) -> None:
+        """The weight of that name has one. Raises PlacementError for its second."""
+        if self.now is not None:
+            if name in self.now:
+                raise PlacementError(
+                    "ZeRO stages 2 and 3 reduce the gradient of a weight when it "
+                    f"comes, but that of {name} came in two parts, as where "
+                    "torch.utils.checkpoint(use_reentrant=True) is around each of two "
+                    "uses; write use_reentrant=False, or ax.remat(blocks), or stage=1"
+                )
+            self.now.add(name)
+        self.names.add(name)
 
 
 @attrs.define(eq=False)
@@ -29,10 +52,12 @@ class Seat:
     engine: Any = None  # from the time that there are optimizers
     optimizer: Any = None  # the user's
     groups: list[list[Any]] = attrs.field(factory=list)  # its weights, before ZeRO
-    used: set[int] = attrs.field(factory=set)  # ids of weights with a gradient
+    used: Used = attrs.field(factory=lambda: Used())
     cut: bool = False  # whether weights are in slices already
     limit: float = 0.0  # that of clip, 0 without one
     inside: bool = False  # whether a backward pass has begun and not ended
+    carried: Carried | None = None
+    versions: list[tuple[int, int]] = attrs.field(factory=list)  # as `look` saw them
 
     @property
     def zero(self) -> Any:
@@ -44,8 +69,24 @@ class Seat:
         """The model's weights, under stage 3 with DeepSpeed's methods."""
         return list(self.engine.module.parameters())
 
+    def look(self) -> None:
+        """Note how often weights and their slices were written into, under stage 3."""
+        if self.stage == 3:
+            self.versions = _versions(self.params)
 
-def backward(state: State, loss: Tensor, scale: float) -> None:
+
+def _versions(weights: list[Any]) -> list[tuple[int, int]]:
+    count = _torch.version_of
+    return [(count(p), count(p.ds_tensor)) for p in weights]
+
+
+def backward(
+    state: State,
+    loss: Tensor,
+    scale: float,
+    leaf: Tensor | None = None,
+    value: Tensor | None = None,
+) -> None:
     """DeepSpeed takes the mean over ranks: times their number it is the sum."""
     here: Placed = state.slots["shard_model"]
     seat: Seat = here.handle
@@ -62,25 +103,60 @@ def backward(state: State, loss: Tensor, scale: float) -> None:
         )
     if loss.dtype in (torch.float16, torch.bfloat16):
         loss = loss.float()  # a scale such as 1/3 or 65536 has no exact half
+    if seat.stage == 3:
+        _unwritten(seat)
     seat.inside = True
+    seat.used.now = set() if seat.stage >= 2 else None
     if seat.stage:
         # what its forward does, which is not called: the loss calls the model itself
         seat.zero.clear_backward_seen_flag()
         seat.zero.backward_prologue()
         seat.zero.enter_backward()
         seat.zero.set_gradient_accumulation_boundary(False)
-    seat.engine.backward(loss * (scale * here.env.world), scale_wrt_gas=False)
-    seat.inside = False
+    whole = loss * (scale * here.env.world)
+    back = partial(seat.engine.backward, whole, scale_wrt_gas=False)
+    if seat.carried is None or value is None:
+        back()
+    else:
+        seat.carried.along(value, back, here.env.world)
+    seat.inside, seat.used.now = False, None
+
+
+def _unwritten(seat: Seat) -> None:
+    """Refuse weights that were written from outside, and not into their slices.
+
+    DeepSpeed itself writes into none of the weights, and its GatheredParameters, which
+    lets others do so, into slices, too.
+    """
+    before, now = seat.versions, _versions(seat.params)
+    if now == before:
+        return
+    seat.versions = now
+    names = [name for name, _ in seat.engine.module.named_parameters()]
+    pairs = zip(names, before, now, strict=True)
+    lost = [n for n, old, new in pairs if old[0] != new[0] and old[1] == new[1]]
+    if lost:
+        raise PlacementError(
+            f"{', '.join(lost[:5])} {'were' if lost[1:] else 'was'} written from "
+            "outside, but ZeRO stage 3 updates slices, so that would be lost; write it "
+            "inside deepspeed.zero.GatheredParameters(..., modifier_rank=0), or stage=2"
+        )
+
+
+def carry(state: State) -> Any:
+    """The loss travels in a bucket of gradients, where backward passes send some."""
+    seat: Seat = state.slots["shard_model"].handle
+    return None if seat.carried is None else seat.carried.leaf
 
 
 def settle(state: State, scale: Tensor | float) -> None:
     """Reduce what is not, check that every parameter took part, multiply by `scale`."""
     here: Placed = state.slots["shard_model"]
     seat: Seat = here.handle
-    missing = [n for n, p in state.trained if id(p) not in seat.used]
+    missing = [n for n, _ in state.trained if n not in seat.used.names]
     if missing:
         raise placed.unused(missing, here, allowed=False)
-    seat.used.clear()
+    seat.used.names.clear()
     if seat.stage >= 2:  # reduced already: each backward pass has added to the slices
         seat.zero.finalize_gradient_accumulation_boundary()
     elif seat.stage == 1:
@@ -141,15 +217,33 @@ def update(state: State) -> None:
         plain.update(state)
         return
     # weights that were written from outside count, on every engine
+    if seat.stage < 3:
+        _put_back(seat.zero)
     seat.zero.refresh_fp32_params()
     seat.zero.step()
     seat.zero.zero_grad()
+    seat.look()
     if seat.zero.overflow:
         raise NonFiniteError(
             f"ZeRO stage {seat.stage} makes no update of gradients that are not "
             "finite; add clip(1.0), which skips such a step on all ranks and says so, "
             'or clip(float("inf")), which only looks'
         )
+
+
+def _put_back(zero: Any) -> None:
+    """Have weights that were replaced (`p.data = ...`) where ZeRO looks for them."""
+    for flat, weights, starts in zip(
+        zero.bit16_groups_flat,
+        zero.round_robin_bit16_groups,
+        zero.round_robin_bit16_offsets,
+        strict=True,
+    ):
+        first, size = flat.data_ptr(), flat.element_size()
+        for weight, at in zip(weights, starts, strict=True):
+            if weight.data_ptr() != first + at * size:
+                own = flat.narrow(0, at, weight.numel()).view_as(weight)
+                own.copy_(weight.detach())
 
 
 def quiet(state: State) -> AbstractContextManager[None]:
@@ -169,7 +263,8 @@ def drop(state: State) -> None:
 
 def forget(seat: Seat) -> None:
     """Make DeepSpeed forget gradients, and a backward pass that was broken off."""
-    seat.used.clear()
+    seat.used.names.clear()
+    seat.used.now = None
     if seat.engine is None or not seat.stage:
         seat.inside = False
         return
@@ -177,6 +272,8 @@ def forget(seat: Seat) -> None:
     if seat.inside:
         zero.exit_backward()
         seat.inside = False
+    if seat.carried is not None:
+        seat.carried.waiting = None
     for bucket in zero.ipg_buckets.values():
         bucket.clear_params() if seat.stage == 3 else bucket.clear()
     for key in _keys(zero.params_already_reduced):

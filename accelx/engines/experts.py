@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Generator
 from contextlib import contextmanager
 from inspect import Parameter, signature
@@ -41,6 +42,7 @@ class Dealt:
     each: int  # experts on one rank
     names: tuple[str, ...]  # of the weights
     looked: bool = False  # whether tokens of ranks that share layers were compared
+    weighed: bool = False  # whether the module was seen to multiply by weights
 
 
 def chosen(model: nn.Module, selector: Selector, ranks: int) -> dict[str, nn.Module]:
@@ -83,7 +85,7 @@ def _takes(module: nn.Module) -> list[str]:
 
 def _fits(name: str, module: nn.Module, ranks: int) -> None:
     own = dict(module.named_parameters(recurse=False))
-    counts = {p.shape[0] for p in own.values() if p.dim() > 1}
+    counts = {p.shape[0] if p.dim() else 0 for p in own.values()}
     if len(counts) != 1 or len(list(module.parameters())) != len(own):
         shapes = ", ".join(f"{n} {tuple(p.shape)}" for n, p in own.items()) or "none"
         raise PlacementError(
@@ -99,6 +101,13 @@ def _fits(name: str, module: nn.Module, ranks: int) -> None:
             "hold experts, and route outside them"
         )
     count = counts.pop()
+    told = [n for n, b in module.named_buffers() if b.dim() and b.shape[0] == count]
+    if told:
+        raise PlacementError(
+            f"shard_experts deals out the weights of {name}, but each rank would have "
+            f"its buffer {told[0]} with a row for each of all {count} experts; make it "
+            "a weight that is not trained: nn.Parameter(rows, requires_grad=False)"
+        )
     if count % ranks:
         raise PlacementError(
             f"shard_experts deals the {count} experts of {name} out to {ranks} ranks, "
@@ -177,9 +186,7 @@ def _sent(
     wanted = index.reshape(-1)
     target = wanted // here.each
     order = target.argsort(stable=True)
-    sent = torch.bincount(target, minlength=here.env.world)
-    got = _exchanged(here.env, sent)
-    there, back = sent.tolist(), got.tolist()
+    there, back = _counts(here.env, target)
     line: Any = group(here.env, "shard_experts")
 
     def moved(rows: Tensor, out: list[int], into: list[int]) -> Tensor:
@@ -188,20 +195,33 @@ def _sent(
     source = order // index.shape[1]
     arrived = moved(tokens[source], there, back)
     which = moved(wanted[order], there, back) - here.env.rank * here.each
+    if not _torch.has_numbers(which):
+        which = torch.arange(len(which)) % here.each
     with _local(module, here) as own:
         ones = torch.ones(len(which), 1, dtype=weights.dtype, device=weights.device)
         made = type(module).forward(module, arrived, which[:, None], ones)
+        if not here.weighed and len(which):
+            here.weighed = True
+            experts_tokens.weighed(module, arrived, which[:, None], ones)
         if not len(which):  # all take part on every rank, backward too, tokens or not
             made = made + sum(x.reshape(-1)[:1].sum() for x in (*own, arrived)) * 0
     home = moved(made, back, there) * weights.reshape(-1)[order, None]
     return torch.zeros_like(tokens).index_add(0, source, home.to(tokens.dtype))
 
 
-def _exchanged(env: Env, counts: Tensor) -> Tensor:
-    """How many rows each rank sends to this one."""
-    got = torch.empty_like(counts)
-    dist().all_to_all_single(got, counts, group=group(env, "shard_experts"))
-    return got
+def _counts(env: Env, target: Tensor) -> tuple[list[int], list[int]]:
+    """How many rows go to each rank, and how many come from each.
+
+    On a simulated rank, where nobody knows to whom, they are dealt out evenly.
+    """
+    if not _torch.has_numbers(target):
+        ends = [len(target) * rank // env.world for rank in range(env.world + 1)]
+        even = [end - start for start, end in itertools.pairwise(ends)]
+        return even, [even[env.rank]] * env.world
+    sent = torch.bincount(target, minlength=env.world)
+    got = torch.empty_like(sent)
+    dist().all_to_all_single(got, sent, group=group(env, "shard_experts"))
+    return sent.tolist(), got.tolist()
 
 
 @contextmanager

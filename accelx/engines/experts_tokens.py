@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accelx import comm
+from accelx import _torch, comm
 from accelx.engines.tensors import ALIKE
 from accelx.errors import PlacementError
 from accelx.records import Env
@@ -38,12 +38,39 @@ def joined(env: Env, part: Tensor, like: Tensor) -> Tensor:
     return parts.redistribute(placements=[Replicate()]).to_local()
 
 
+def weighed(module: Any, tokens: Tensor, index: Tensor, ones: Tensor) -> None:
+    """Refuse experts whose results are not multiplied by `weights`, and no more.
+
+    Those that leave out a token for its weight, or divide by a sum of weights, would do
+    so by the ones that they are given, as weights stay on the ranks of their tokens.
+    """
+    if not _torch.has_numbers(tokens):
+        return
+    some = torch.linspace(0.05, 0.95, len(ones)).to(ones)[:, None]
+    made: list[Tensor] = []
+    for weights in (ones, some):  # each with the same dropout, if there is any
+        devices = [] if tokens.device.type == "cpu" else [tokens.device]
+        kind = "cuda" if not devices else tokens.device.type
+        with torch.random.fork_rng(devices, device_type=kind), torch.no_grad():
+            made.append(type(module).forward(module, tokens, index, weights).float())
+    gap, size = (made[1] - some.float() * made[0]).norm(), made[0].norm()
+    if made[0].isfinite().all() and gap > ALIKE * size:
+        raise PlacementError(
+            f"shard_experts wants {type(module).__name__}.forward(tokens, index, "
+            "weights) to add up each expert's result times its weight, but it makes "
+            "something else of weights; choose, drop and normalize where they are "
+            "routed, outside of it"
+        )
+
+
 def compare(env: Env, tokens: Tensor, own: bool) -> None:
     """Refuse tokens that differ over the ranks of `env`, or, if they are `own`, do not.
 
     Else some would not be sent, or be sent by each rank. Compares sums over tokens, to
-    what rounding and their size make of them.
+    what rounding and their size make of them. A simulated rank has none to compare.
     """
+    if not _torch.has_numbers(tokens):
+        return
     wide = tokens.detach().float()
     mine = torch.cat([wide.sum(0), wide.norm()[None], wide.new_tensor([len(wide)])])
     table = mine.new_zeros(env.world, len(mine))

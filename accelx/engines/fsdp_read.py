@@ -1,15 +1,14 @@
-"""A loss that reads weights in slices by itself, past the forward that gathers them."""
+"""What comes to weights in slices by itself, past the forward that gathers them."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import attrs
 from torch import Tensor
 
 from accelx import _torch
+from accelx.engines import suited
 from accelx.errors import LossError
 
 if TYPE_CHECKING:
@@ -18,25 +17,24 @@ if TYPE_CHECKING:
 
 @attrs.define(eq=False)
 class Reads:
-    """Whether a backward pass was looked at: the first one is."""
+    """Whether slices are watched: from the first backward pass on."""
 
-    looked: bool = False
+    watched: bool = False
 
-    @contextmanager
-    def refused(self, state: State) -> Generator[None]:
-        """Raise LossError where a gradient comes to a slice by itself, inside.
+    def watch(self, state: State) -> None:
+        """Have a gradient that comes to a slice by itself raise LossError.
 
         FSDP2 puts the reduced ones there; what autograd brings is of this rank's rows.
+        The hooks cost nothing until then. Raises PlacementError for hooks of others.
         """
+        if self.watched:
+            return
         slices = {id(p) for p in _torch.fsdp_slices(state.model)}
         ours = [(n, p) for n, p in state.trained if id(p) in slices and p.requires_grad]
-        handles = [p.register_hook(_refusing(n)) for n, p in ours]  # type: ignore[reportUnknownMemberType]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-        self.looked = True
+        suited.unhooked(ours)
+        for name, weight in ours:
+            weight.register_hook(_refusing(name))
+        self.watched = True
 
 
 def _refusing(name: str) -> object:

@@ -49,12 +49,9 @@ class Laid:
 def backward(state: State, loss: Tensor, scale: float) -> None:
     """FSDP2 takes the mean over ranks: times their number it is the sum."""
     here: Placed = state.slots["shard_model"]
-    reads: Reads = here.handle.reads
-    if reads.looked:
-        plain.backward(state, loss, scale * here.env.world)
-        return
-    with reads.refused(state):
-        plain.backward(state, loss, scale * here.env.world)
+    here.handle.reads.watch(state)
+    _torch.fsdp_told(here.handle.modules[0], loss)  # the root
+    plain.backward(state, loss, scale * here.env.world)
 
 
 def settle(state: State, scale: Tensor | float) -> None:
@@ -104,8 +101,13 @@ def _scale(state: State, factor: Tensor | float) -> None:
 def update(state: State) -> None:
     """Step the optimizers over slices, also where a forward has gathered since."""
     # a model that was evaluated before apply would go on with the weights from before
-    state.slots["shard_model"].rest()
-    tensors.update(state)
+    here: Placed = state.slots["shard_model"]
+    here.rest()
+    if not here.handle.whole:
+        tensors.update(state)
+        return
+    with whole.one_by_one(state.optimizers):
+        tensors.update(state)
 
 
 def clip(state: State, limit: float | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -88,6 +89,8 @@ _MIXED = (  # of slices and whole tensors, or of slices in place of their number
     "mixed torch.Tensor and DTensor",
     "got <class 'torch.distributed.tensor.DTensor'>",
 )
+# What torch says of an empty tensor in place of a weight.
+_NOTHING = re.compile(r"got \[0\] but expected|of tensor [ab] \(0\)|vec \(0\)")
 
 
 def say_sliced(error: BaseException) -> None:
@@ -102,9 +105,30 @@ def say_sliced(error: BaseException) -> None:
             "are for cross_entropy without label_smoothing: for others write "
             '"column_gather"'
         )
+    if "mixed dtype (CPU)" in str(error):
+        error.add_note(
+            "a norm of torch on a CPU takes float32 with float32 weights alone, and "
+            "fsdp2 gathers weights in the compute dtype; leave those of norms whole: "
+            'shard_model(env, "fsdp2", ignored="**.norm"), or cast what goes into them'
+        )
+    if _NOTHING.search(str(error)):
+        error.add_note(
+            "under ZeRO stage 3 a weight has elements only while its own module runs, "
+            "so none for a penalty on weights, nor for a gradient of gradients "
+            "(create_graph=True); a penalty is the optimizer's weight_decay, and for "
+            'the rest write stage=2, or shard_model(env, "fsdp2")'
+        )
+    if "has already been lazily initialized" in str(error):
+        error.add_note(
+            "a block was called by itself before the model was; call the model first, "
+            'or name the method that calls blocks: shard_model(env, "fsdp2", '
+            'methods="encode")'
+        )
     if "setStorage" in str(error) and "storage of size 0" in str(error):
         error.add_note(
-            "a backward pass wanted weights that an earlier one has let go of; for a "
-            "gradient of gradients (create_graph=True), or two backward passes over "
-            'one forward, write shard_model(env, "ddp")'
+            "a backward pass wanted weights that were let go of. If a block's result, "
+            "which may be a view, was written to (x += y), write x = x + y, or "
+            "reshard_after_forward=False; for a gradient of gradients "
+            "(create_graph=True), or two backward passes over one forward, "
+            'write shard_model(env, "ddp")'
         )

@@ -18,6 +18,7 @@ SLICED = ("fsdp2", "hsdp")
 WHOLE = ("ddp", "deepspeed")  # a model that every rank makes in full
 WITH_OPTIMIZERS = ("deepspeed",)  # that place once more, when there are optimizers
 TOKENS = ("sequence", "expert")  # axes whose ranks have other tokens of one model
+SHARING = ("stage", "tensor")  # axes whose ranks have other parts of it
 MESH = ("replicate", "shard")  # axes of hsdp: copies outside, slices inside
 HOOKS = ("bf16", "fp16", "powersgd")
 
@@ -86,7 +87,7 @@ def check(env: Env, kind: str, blocks: Any, options: Options) -> None:
     """
     one_of("shard_model(env, kind)", kind, KINDS)
     _device(env, kind)
-    env = sums_env(env)
+    everyone, env = env, sums_env(env)
     _values(options)
     for field in attrs.fields(Options):
         kinds = _OF.get(field.name, KINDS)
@@ -105,7 +106,7 @@ def check(env: Env, kind: str, blocks: Any, options: Options) -> None:
             ' got none; write blocks="layers.*"'
         )
     if kind == "hsdp":
-        laid_out(env, kind)
+        laid_out(env, kind, everyone)
     if env.world > 1 and kind in SLICED:
         divides(options.reshard_after_forward, shards(env, kind))
 
@@ -182,28 +183,36 @@ def _wrong(name: str, wanted: str, got: object, instead: str) -> None:
     )
 
 
-def laid_out(env: Env, kind: str) -> None:
-    """Refuse axes that the kind does not lie over. Raises PlacementError."""
+def laid_out(env: Env, kind: str, everyone: Env | None = None) -> None:
+    """Refuse axes that the kind does not lie over. Raises PlacementError.
+
+    `everyone` has, beside those of `env`, the axes along which ranks share rows.
+    """
     names = tuple(axis.name for axis in env.axes)
-    shown = ", ".join(f"{axis.name}={axis.size}" for axis in env.axes) or "none"
     if env.world == 1:
         return
     others = tuple(name for name in names if name not in TOKENS)
     if kind == "hsdp" and (others != MESH or names[0] != MESH[0]):
-        tokens = [axis for axis in env.axes if axis.name in TOKENS]
-        rest = env.world // math.prod(axis.size for axis in tokens)
-        inside = "".join(f",{axis.name}={axis.size}" for axis in tokens)
+        whole = everyone or env
+        there = [axis for axis in whole.axes if axis.name in (*TOKENS, *SHARING)]
+        rest = whole.world // math.prod(axis.size for axis in there)
+        inside = "".join(f",{axis.name}={axis.size}" for axis in there)
         raise PlacementError(
             "hsdp keeps copies over an axis called replicate, the outermost, each in "
-            f"slices over one called shard, but the axes of this Env of {env.world} "
-            f"ranks are ({shown}); write env = ax.connect(axes="
+            f"slices over one called shard, but the axes of this Env of {whole.world} "
+            f"ranks are ({_shown(whole)}); write env = ax.connect(axes="
             f'"replicate={2 if rest % 2 == 0 else 1},shard=-1{inside}"), or "fsdp2"'
         )
     if kind == "fsdp2" and len(others) > 1:
         instead = '"hsdp"' if others == MESH else "ax.connect() without axes"
         raise PlacementError(
-            f"fsdp2 shards over one axis, but this Env has ({shown}); write {instead}"
+            f"fsdp2 shards over one axis, but this Env has ({_shown(env)}); write "
+            f"{instead}"
         )
+
+
+def _shown(env: Env) -> str:
+    return ", ".join(f"{axis.name}={axis.size}" for axis in env.axes) or "none"
 
 
 def divides(reshard: bool | int, size: int) -> None:

@@ -200,6 +200,12 @@ def _of(done: Packed, dtype: str) -> Selector:
 
 def _around(kind: str, dtype: torch.dtype, inner: Any) -> Any:
     def forward(self: Any, input: Tensor) -> Any:
+        if not input.is_floating_point():
+            raise PlacementError(
+                "a Linear whose weight quantize packed wants floats, got "
+                f"{input.dtype}: its caller casts to weight.dtype, which is int8 now; "
+                "leave this Linear out, by blocks"
+            )
         form = Form(kind, self.in_features, dtype)
         return _Product.apply(input, self.weight, self.bias, form)
 

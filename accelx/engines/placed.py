@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from accelx.comm_wire import group
-from accelx.engines import methods, plain, suited, whole
+from accelx.engines import kept, methods, plain, suited, whole
 from accelx.engines.options import Options
+from accelx.env_device import has_float64
 from accelx.errors import NeutralityWarning, PlacementError, UnusedParameterError
 from accelx.match import Selector, select
 from accelx.records import Engine, Env, Precision, Transform
@@ -59,9 +60,8 @@ class Placed(Transient):
     model: nn.Module
     handle: Any = None  # the engine's own object
     trainable: tuple[tuple[str, Any], ...] = ()  # in the order that DDP counts them
-    drifting: tuple[
-        Tensor, ...
-    ] = ()  # buffers that each rank updates from its own rows
+    # modules with running statistics, which each rank takes from its own rows
+    drifting: tuple[nn.Module, ...] = ()
     unused: str = "error"
     fork: Callable[[State], State] | None = None
     rest: Callable[[], None] = lambda: None  # make parameters what optimizers see
@@ -104,7 +104,7 @@ def claim(model: nn.Module, env: Env, fills: Fills = nothing) -> None:
 
     What a later pass `fills` may be on the meta device.
     """
-    if model.__dict__.get("_accelx_placed") == id(model):
+    if suited.is_placed(model):
         raise PlacementError(
             f"this {type(model).__name__} has been placed already, and placing changes "
             "it in place; make a new module, or copy a state with ax.fork(state)"
@@ -142,8 +142,9 @@ def check(model: nn.Module, plan: Plan) -> None:
 
 
 def seal(model: nn.Module) -> None:
-    """Mark `model` as placed. The mark holds for this object, not for copies of it."""
-    object.__setattr__(model, "_accelx_placed", id(model))
+    """Mark `model` as placed, and all in it. Copies of them are not."""
+    for module in model.modules():
+        object.__setattr__(module, "_accelx_placed", id(module))
 
 
 def blueprint(model: nn.Module) -> nn.Module:
@@ -156,8 +157,8 @@ def blueprint(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def drifting(model: nn.Module, env: Env) -> tuple[Tensor, ...]:
-    """Running statistics, which each rank takes from its own rows; warns about them."""
+def drifting(model: nn.Module, env: Env) -> tuple[nn.Module, ...]:
+    """Modules whose statistics each rank takes from its own rows; warns about them."""
     names = across(model)
     if names and env.world > 1:
         warnings.warn(
@@ -169,7 +170,7 @@ def drifting(model: nn.Module, env: Env) -> tuple[Tensor, ...]:
             NeutralityWarning,
             stacklevel=2,
         )
-    return statistics(model)
+    return drifters(model)
 
 
 def across(model: nn.Module) -> list[str]:
@@ -179,11 +180,15 @@ def across(model: nn.Module) -> list[str]:
     return [n for n, m in named if isinstance(m, kinds) or _drifts(m)]
 
 
-def statistics(model: nn.Module) -> tuple[Tensor, ...]:
-    """Buffers of running statistics."""
-    inside = [m for m in model.modules() if _drifts(m)]
+def drifters(model: nn.Module) -> tuple[nn.Module, ...]:
+    """Modules that keep running statistics."""
+    return tuple(m for m in model.modules() if _drifts(m))
+
+
+def statistics(modules: Iterable[nn.Module]) -> tuple[Tensor, ...]:
+    """The buffers of running statistics that these have now."""
     return tuple(
-        b for m in inside for b in m.buffers(recurse=False) if b.is_floating_point()
+        b for m in modules for b in m.buffers(recurse=False) if b.is_floating_point()
     )
 
 
@@ -192,13 +197,16 @@ def _drifts(module: nn.Module) -> bool:
     return tracks and not isinstance(module, nn.SyncBatchNorm)
 
 
-def average(buffers: tuple[Tensor, ...], env: Env) -> None:
-    """Take the mean of `buffers` over ranks, in one collective."""
+def average(modules: tuple[nn.Module, ...], env: Env) -> None:
+    """Take the mean of the statistics of `modules` over ranks, in one collective."""
+    # read anew: placing, loading and `to` put other tensors in place of buffers
+    buffers = statistics(modules)
     if not buffers:
         return
     import torch.distributed as dist
 
-    flat = torch.cat([b.detach().double().flatten() for b in buffers])
+    wide = torch.float64 if has_float64(env.device) else torch.float32
+    flat = torch.cat([b.detach().to(wide).flatten() for b in buffers])
     dist.all_reduce(flat, group=group(env, "average"))
     flat /= env.world
     for b, new in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
@@ -213,6 +221,7 @@ def all_used(state: State) -> None:
     else:  # as always: 0.1 us a parameter
         return
     placed: Placed = state.slots["shard_model"]
+    kept.as_at_init(state, every=False)
     missing = [n for n, p in state.trained if p.grad is None]
     if missing and placed.unused == "error":
         raise unused(missing, placed)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from accelx import _torch
+from accelx._torch_backward import backward_of
 from accelx.records import Engine
 
 if TYPE_CHECKING:
@@ -29,14 +30,14 @@ def backward(
     """
     if leaf is not None:
         wide = loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss
-        torch.autograd.backward((wide, leaf), (torch.full_like(wide, scale), value))
+        backward_of((wide, leaf), (torch.full_like(wide, scale), value))
         return
     if scale == 1.0:
-        loss.backward()
+        backward_of((loss,), (torch.ones_like(loss),))
         return
     if loss.dtype in (torch.float16, torch.bfloat16):
         loss = loss.float()  # a seed such as 1/3 or 65536 has no exact half
-    loss.backward(torch.full_like(loss, scale))
+    backward_of((loss,), (torch.full_like(loss, scale),))
 
 
 def gradients(state: State) -> list[Tensor]:

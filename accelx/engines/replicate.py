@@ -230,7 +230,7 @@ def _again(old: Placed, model: nn.Module, source: nn.Module, plan: Plan) -> Plac
         old,
         model=model,
         trainable=trainable(model),
-        drifting=placed.statistics(model) if old.drifting else (),
+        drifting=placed.drifters(model) if old.drifting else (),
     )
     return hooked(fresh, copies.try_blueprint(model), plan)
 

@@ -68,6 +68,7 @@ class Site:
     here: int | None = None  # tokens of a row on this rank, while a step is under way
     attended: bool = False  # whether attention was exchanged in this loss
     staged: bool = False  # a rank has some layers alone: it is seen on shapes of all
+    uneven: str | None = None  # why a mean in this loss is not that of all tokens
 
     def close(self) -> None:
         """The step is over: modules called from now on hold whole sequences."""
@@ -98,7 +99,7 @@ def cut(site: Site, args: tuple[Any, ...], named: Named) -> tuple[Any, ...]:
             "every rank"
         )
     _divides(site.layout, length)
-    site.here = length // site.layout.world
+    site.here, site.uneven = length // site.layout.world, None
     ids = {id(x) for _, x in taken if x.size(site.dim) == length}
     marks = rows_of(*args)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from accelx import _torch_stages
+from accelx import _torch_attention, _torch_stages
 from accelx.engines.sequence import Site
 from accelx.engines.sequence_ring import around
 from accelx.engines.sequence_wire import gathered, gathered_pair, to_heads, to_tokens
@@ -103,10 +103,8 @@ def _back(
 
 def _looking_back(size: int, end: int, mask: Tensor | None, device: Any) -> Any:
     """The last `size` of `end` tokens look at those before them, and at themselves."""
-    from torch.nn.attention.bias import causal_lower_right
-
     if mask is None:
-        return causal_lower_right(size, end)  # kernels know it: no mask in memory
+        return _torch_attention.causal(size, end)  # no mask in memory
     whole = torch.ones(size, end, dtype=torch.bool, device=device)
     return whole.tril(end - size) & mask[..., :end]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -79,10 +80,10 @@ def _index(site: Site, tensor: Tensor, args: Any, kwargs: Any) -> str | None:
         _first(site, part, tensor, dim) for dim, part in enumerate(wanted)
     ):
         return _POSITIONS.format("cuts a table to", site.here)
-    if not _of_tokens(site, tensor) or len(wanted) <= site.dim:
+    dim = 2 if _by_head(site, tensor) else site.dim
+    if (dim == site.dim and not _of_tokens(site, tensor)) or len(wanted) <= dim:
         return None
-    part = wanted[site.dim]
-    return None if part in (slice(None), slice(0, None)) else _CUT
+    return None if wanted[dim] in (slice(None), slice(0, None)) else _CUT
 
 
 def _first(site: Site, part: Any, tensor: Tensor, dim: int) -> bool:
@@ -99,10 +100,64 @@ def _of_tokens(site: Site, tensor: Tensor, features: bool = False) -> bool:
     return tensor.dim() in dims and tensor.size(site.dim) == site.here
 
 
-def _along(site: Site, tensor: Tensor, args: Any, kwargs: Any) -> str | None:
+def _along(site: Site, tensor: Any, args: Any, kwargs: Any) -> str | None:
     """Whether rows of features are worked on along their tokens."""
-    mixed = _of_tokens(site, tensor, features=True)
-    return _CUT if mixed and site.dim in _dims(tensor, args, kwargs) else None
+    if not isinstance(tensor, Tensor) or not _of_tokens(site, tensor, features=True):
+        return None
+    return _CUT if site.dim in _dims(tensor, args, kwargs) else None
+
+
+def _along_second(site: Site, tensor: Any, args: Any, kwargs: Any) -> str | None:
+    """The same, where something else comes ahead of the dimension."""
+    return _along(site, tensor, args[1:], kwargs)
+
+
+def _normalized(site: Site, tensor: Tensor, args: Any, kwargs: Any) -> str | None:
+    """The same of normalize(x, p=2, dim=1)."""
+    by = kwargs if "dim" in kwargs else {"dim": args[1] if len(args) > 1 else 1}
+    return _along(site, tensor, (), by)
+
+
+def _narrowed(site: Site, tensor: Tensor, args: Any, kwargs: Any) -> str | None:
+    """Whether narrow(x, dim, start, length) leaves out tokens."""
+    told = dict(zip(("dim", "start", "length"), args, strict=False)) | kwargs
+    whole = told.get("length") == tensor.size(told["dim"])
+    mixed = _of_tokens(site, tensor) and told["dim"] % tensor.dim() == site.dim
+    return _CUT if mixed and not whole else None
+
+
+def _padded(site: Site, tensor: Tensor, args: Any, kwargs: Any) -> str | None:
+    """Whether tokens, or those of each head, are shifted by pad(x, (..., n, -n))."""
+    pad = args[0] if args else kwargs["pad"]
+    dims = {tensor.dim() - 1 - i // 2 for i, n in enumerate(pad) if n}
+    mixed = _of_tokens(site, tensor) and site.dim in dims
+    return _CUT if mixed or (_by_head(site, tensor) and 2 in dims) else None
+
+
+def _by_head(site: Site, tensor: Tensor) -> bool:
+    """Whether a tensor looks like (rows, heads, tokens, size), alone."""
+    heads = tensor.dim() == 4 and tensor.size(1) != site.here
+    return heads and tensor.size(2) == site.here
+
+
+def _einsum(site: Site, equation: Any, args: Any, kwargs: Any) -> str | None:
+    """Whether a sum over the letter of tokens is made: of rows of features."""
+    if not isinstance(equation, str) or "." in equation or "->" not in equation:
+        return None
+    given, made = equation.replace(" ", "").split("->")
+    every: Any = args[0] if args and isinstance(args[0], tuple | list) else args
+    for letters, tensor in zip(given.split(","), every, strict=False):
+        if _of_tokens(site, tensor, features=True) and letters[site.dim] not in made:
+            return _CUT
+    return None
+
+
+def _product(site: Site, left: Any, args: Any, kwargs: Any) -> str | None:
+    """Whether heads' features are summed over tokens, as attention by hand does."""
+    right: Any = args[0] if args else kwargs.get("other", kwargs.get("mat2"))
+    over = isinstance(right, Tensor) and left.dim() == right.dim() == 4
+    summed = over and left.size(-1) == site.here and _by_head(site, right)
+    return _by_hand(site) if summed else None
 
 
 def _running(site: Site, tensor: Tensor, args: Any, kwargs: Any) -> str | None:
@@ -135,7 +190,8 @@ def _arange(site: Site, tensor: Any, args: Any, kwargs: Any) -> str | None:
 
 def _softmax(site: Site, tensor: Tensor, args: Any, kwargs: Any) -> str | None:
     square = tuple(tensor.shape[-2:]) == (site.here, site.here)
-    return _by_hand(site) if tensor.dim() > 2 and square else None
+    by_hand = _by_hand(site) if tensor.dim() > 2 and square else None
+    return by_hand or _along(site, tensor, args, kwargs)
 
 
 def _by_hand(site: Site, *_: Any) -> str:
@@ -158,17 +214,34 @@ _CUT = (
     "result where a sequence is cut; shift labels where batches are made, so that "
     "labels[:, i] belongs to tokens[:, i]"
 )
+
+
+def _all(check: Check, names: str) -> dict[Any, Check]:
+    """`check` for functions of torch, and for methods of tensors, of these names."""
+    both = ((torch, Tensor), names.split())
+    found = [getattr(o, n) for o, n in itertools.product(*both) if hasattr(o, n)]
+    return dict.fromkeys(found, check)
+
+
 CHECKS: dict[Any, Check] = {
     Tensor.__getitem__: _index,
     torch.arange: _arange,
+    torch.einsum: _einsum,
     F.conv1d: _convolved,
     F.multi_head_attention_forward: _by_hand,
-    **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), _softmax),
-    **dict.fromkeys((torch.cumsum, Tensor.cumsum), _running),
-    **dict.fromkeys((torch.roll, Tensor.roll), _shifted),
-    **dict.fromkeys((torch.mean, Tensor.mean, torch.sum, Tensor.sum), _along),
-    **dict.fromkeys((torch.amax, Tensor.amax, torch.max, Tensor.max), _along),
-    **dict.fromkeys((torch.select, Tensor.select), _along),
+    F.normalize: _normalized,
+    F.pad: _padded,
+    **_all(_narrowed, "narrow"),
+    **_all(_product, "matmul __matmul__"),
+    **_all(_softmax, "softmax log_softmax"),
+    **dict.fromkeys((F.softmax, F.log_softmax), _softmax),
+    **_all(_running, "cumsum"),
+    **_all(_shifted, "roll"),
+    **_all(_along, "mean sum nanmean nansum amax amin max min prod median select std"),
+    **_all(_along, "var std_mean var_mean logsumexp logcumsumexp cummax cummin sort"),
+    **_all(_along, "cumprod argmax argmin argsort flip"),
+    **_all(_along_second, "norm topk kthvalue quantile diff"),
+    **dict.fromkeys((torch.linalg.norm, torch.linalg.vector_norm), _along_second),
 }
 
 

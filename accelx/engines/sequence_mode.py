@@ -12,11 +12,11 @@ from torch.overrides import TorchFunctionMode
 
 from accelx import _torch_attention, comm, tree
 from accelx.comm_wire import group
-from accelx.engines import sequence_checks as checks
+from accelx.engines import sequence_checks as checks, sequence_uneven
 from accelx.engines.forwards import wrap
 from accelx.engines.sequence import Site
 from accelx.engines.sequence_attention import attend
-from accelx.env_device import kind_of
+from accelx.env_device import has_float64
 from accelx.errors import LossError
 from accelx.records import Mean
 
@@ -46,7 +46,9 @@ class Exchanged(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return attend(self.site, *args, **kwargs)
         checks.check_call(self.site, func, args, kwargs)
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        sequence_uneven.note(self.site, func, args, kwargs, out)
+        return out
 
 
 def dress(model: nn.Module, site: Site, allow: Iterable[Selector]) -> None:
@@ -128,7 +130,7 @@ def summed(site: Site, result: Any) -> Any:
 
     flat = tree.flatten(result, is_mean)
     each = [x for _, leaf in flat for x in _numbers(leaf, site.env.world)]
-    wide = torch.float64 if kind_of(site.env.device).float64 else torch.float32
+    wide = torch.float64 if has_float64(site.env.device) else torch.float32
     device = next((x.device for x in each if x.dim()), site.env.device)
     sums = torch.cat([x.reshape(-1).to(device, wide) for x in each])
     comm.sum_scalars(site.env, sums)

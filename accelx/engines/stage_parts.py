@@ -18,10 +18,12 @@ def microbatches(
     Raises DataError for a batch without rows.
     """
     length = leading(*args)
-    if length is None:
+    if not length:
+        got = "no tensor with a dimension" if length is None else "tensors of 0 rows"
         raise DataError(
-            f"shard_stages(n={n}) wants a batch with rows to cut, got no tensor with a "
-            "dimension; give step the batch as an argument"
+            f"shard_stages(n={n}) wants a batch with rows to cut, got {got}; give step "
+            "the batch as an argument, as ax.feed makes it, which has a row, of no "
+            "weight, for a rank without any"
         )
     if rows.rows > length or (rows.rows != length and rows.rows and not rows.padded):
         raise DataError(

@@ -29,12 +29,20 @@ class From:
     leaf: int
 
 
+Kinds = tuple[tuple[torch.Size, torch.dtype], ...]
+
+
 @attrs.frozen(eq=False)
 class Crossing:
     """What a stage gets: leaves of its first module's arguments, and their like."""
 
     at: tuple[int, ...]
     like: tuple[Tensor, ...]  # shape and dtype, no numbers
+    kinds: Kinds = attrs.field(init=False)  # those, which a fake takes 1 us to tell
+
+    def __attrs_post_init__(self) -> None:
+        kinds = tuple((one.shape, one.dtype) for one in self.like)
+        object.__setattr__(self, "kinds", kinds)
 
 
 @attrs.frozen(eq=False)
@@ -176,8 +184,15 @@ def ran(sketch: Sketch, call: Callable[[nn.Module], Any]) -> dict[str, float]:
 
     counter = FlopCounterMode(display=False)
     tally = _Tally(counter)
-    with torch.no_grad(), counter, led(sketch.way, tally):
-        call(sketch.model)
+    try:
+        with torch.no_grad(), counter, led(sketch.way, tally):
+            call(sketch.model)
+    except _torch_stages.fake_errors() as error:
+        raise PlacementError(
+            "shard_stages(sample=...) runs the model's forward on shapes alone, but a "
+            f"part of it asks for numbers ({error}); leave the sample out, and name "
+            'modules in split="layers.2"'
+        ) from error
     return tally.costs
 
 
@@ -269,8 +284,10 @@ class Trace:
             own = isinstance(leaf, Tensor) and id(leaf) not in places
             if not own or _torch_stages.is_fake(leaf):
                 return leaf
-            with self.mode:
-                return torch.empty_like(leaf, requires_grad=False)
+            size, stride = leaf.shape, leaf.stride()
+            dtype, device = leaf.dtype, leaf.device
+            with self.mode:  # which knows no tensor of a simulated rank
+                return torch.empty_strided(size, stride, dtype=dtype, device=device)
 
         def one(leaf: Any) -> Any:
             mine = isinstance(leaf, Tensor) and id(leaf) in places

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -30,6 +31,25 @@ def shape(sketch: Sketch, plan: Plan) -> None:
         found = chosen(sketch.model, plan.experts.experts, plan.experts.over.world)
     for module in found.values():  # which tokens go where is asked of numbers
         vars(module)["forward"] = _as_given
+
+
+def costed(model: nn.Module) -> None:
+    """Have experts of `model`, a sketch, cost what they do: shapes choose none.
+
+    Nor do all kernels for them know of shapes. Effect: their `forward` is another.
+    """
+    for module in known(model).values():
+        sizes = [p.shape[1:] for p in module.parameters(False) if p.dim() > 2]
+        vars(module)["forward"] = functools.partial(_worked, sizes)
+
+
+def _worked(
+    sizes: list[torch.Size], tokens: Tensor, index: Tensor, weights: Tensor
+) -> Tensor:
+    """The products of each token and its experts' weights, of `sizes` each."""
+    for rows, columns in sizes:
+        _ = tokens.new_empty(index.numel(), rows) @ tokens.new_empty(rows, columns)
+    return torch.empty_like(tokens)
 
 
 def _as_given(tokens: Tensor, index: Tensor, weights: Tensor) -> Tensor:

@@ -13,19 +13,20 @@ from torch.overrides import TorchFunctionMode
 from accelx import _torch, _torch_stages, comm, tree
 from accelx._torch_attention import function_modes
 from accelx.comm_wire import dist, group
-from accelx.cut import Args, add, mean_of, rows_in
+from accelx.cut import Args, rows_in
 from accelx.engines import placed, plain, tensors, whole
 from accelx.engines.fsdp_step import Laid
 from accelx.engines.placed import Placed
-from accelx.engines.stage_homes import owner
+from accelx.engines.stage_line import Line
 from accelx.engines.stage_parts import legal, microbatches
 from accelx.engines.stage_pipe import HALVES, Pipe, pipe
 from accelx.engines.stage_route import Route, Through, route
+from accelx.engines.stage_told import ahead, told, without
 from accelx.engines.stage_walk import Walk, stand_ins
-from accelx.env_device import kind_of
+from accelx.env_device import has_float64
 from accelx.env_part import rows_env
-from accelx.errors import CollectiveError, DataError, LossError
-from accelx.records import Engine, Env, Loss, Mean, Out
+from accelx.errors import DataError, LossError
+from accelx.records import Engine, Env, Loss, Out
 from accelx.rows import Rows
 from accelx.saves.memory import view
 from accelx.saves.strict import digest
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from accelx.state import State
 
 ROUTES = 4  # shapes of batches that are remembered, with memory for each
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # (state, what a loss returned, its arguments, their rows, ranks that share those)
 # -> (scalar, scale, report)
 Weigh = Callable[[Any, Any, Args, Rows, int], tuple[Tensor, float, Out]]
@@ -60,19 +60,36 @@ def through(loss: Loss, weigh: Weigh) -> Inner:
 
     The report is the last stage's, on all of them.
     """
+    run = passed(loss, weigh, ahead)
 
     def grads(state: State, args: Args, rows: Rows) -> tuple[State, Out]:
+        return state, told(stages_of(state), run(state, args, rows))
+
+    return grads
+
+
+def passed(
+    loss: Loss, weigh: Weigh, opened: Callable[[Stages], Line | None] = lambda _: None
+) -> Callable[[State, Args, Rows], Job]:
+    """This rank's part of a pass forward and backward, of which nobody is told yet.
+
+    They will be on the line that is `opened` when nothing can fail here alone.
+    """
+
+    def run(state: State, args: Args, rows: Rows) -> Job:
         stages, here = stages_of(state), state.slots["shard_model"]
         parts = microbatches(args, stages.spec.n, rows, _alike(stages, here))
         ran = way(stages, loss, parts[0])
         if _gathers(here):
             _torch_stages.fsdp_quiet(state.model)
         ranks = rows_env(here.env).world
-        job = _Job(state, stages, ran[0], loss, weigh, parts, ranks, here.env.world)
-        _pipe(stages, ran, len(parts), state).run(job.work)
-        return state, _told(stages, job)
+        job = Job(state, stages, ran[0], loss, weigh, parts, ranks, here.env.world)
+        made = _pipe(stages, ran, len(parts), state)
+        job.line = opened(stages)
+        made.run(job.work)
+        return job
 
-    return grads
+    return run
 
 
 def _gathers(here: Placed) -> bool:
@@ -128,6 +145,8 @@ def _shapes(args: Any) -> list[Any]:
 def _same_rows(env: Env, args: Any) -> None:
     """Refuse other rows on other stages: each computes with what it was given."""
     tensors = [leaf for leaf in tree.leaves(args) if isinstance(leaf, Tensor)]
+    if not all(map(_torch.has_numbers, tensors)):  # of a simulated rank
+        return
     mine = [digest(view(t.detach().cpu().contiguous())) for t in tensors]
     if len({tuple(one) for one in comm.gather_objects(env, mine)}) > 1:
         raise DataError(
@@ -148,7 +167,7 @@ def _pipe(stages: Stages, ran: Ran, n: int, state: State) -> Pipe:
 
 
 @attrs.define(eq=False)
-class _Job:
+class Job:
     """The microbatches of one call, and what came of them."""
 
     state: Any
@@ -161,6 +180,7 @@ class _Job:
     world: int
     outs: list[Out] = attrs.field(factory=list)
     failure: Exception | None = None
+    line: Line | None = None
 
     def work(self, stage: int, number: int, received: tuple[Tensor, ...]) -> Any:
         """What a stage makes of a microbatch; after a failure, stand-ins for it."""
@@ -223,69 +243,6 @@ class _Job:
         return tuple(map(one, walk.sent))
 
 
-def _told(stages: Stages, job: _Job) -> Out:
-    """The last stage's report on all stages; raises on all where one has failed.
-
-    Which gradients there are travels along.
-    """
-    env, last = stages.env, stages.homes.count - 1
-    src = owner(last, env.world, stages.spec.schedule)
-    out, numbers = _report(job, env.rank == src)
-    numbers += _without(stages, job.state)
-    summed = torch.tensor(numbers, dtype=torch.float64, device=env.device)
-    comm.sum_scalars(env, summed)
-    failed, total, weight, bare, aux, kind, missing, *lacking = summed.tolist()
-    stages.met.missing, stages.met.lacking = missing, tuple(lacking)
-    if failed:
-        _raise(env, job.failure)
-    given = comm.broadcast(env, out and out.aux, src) if aux else None
-    if out is not None:
-        return out
-    loss = torch.tensor(total, dtype=DTYPES[int(kind)], device=env.device)
-    if bare:
-        count = int(weight) if weight.is_integer() else weight
-        return Out(loss / (weight or 1), count, aux=given)
-    heavy = torch.tensor(weight, dtype=torch.float64, device=env.device)
-    return Out(Mean(loss, heavy), heavy, aux=given)  # type: ignore[reportArgumentType]
-
-
-def _report(job: _Job, last: bool) -> tuple[Out | None, list[float]]:
-    """What the last stage tells: the report, and it in numbers, after a failure."""
-    if last and job.failure is None:
-        try:
-            out = add(job.outs)
-            mean = mean_of(out)
-            total = torch.as_tensor(mean.total)
-            bare, more = not isinstance(out.loss, Mean), out.aux is not None
-            kind = DTYPES.index(total.dtype)
-            each = (float(total), float(mean.weight), float(bare), float(more))
-            return out, [0.0, *each, float(kind)]
-        except Exception as error:  # told to all stages, which would wait for ever
-            job.failure = error
-    return None, [float(job.failure is not None), *[0.0] * 5]
-
-
-def _raise(env: Env, failure: Exception | None) -> None:
-    mine = failure and f"{type(failure).__name__}: {failure}"
-    texts = comm.gather_objects(env, mine)
-    if failure is not None:
-        raise failure
-    rank, text = next((r, t) for r, t in enumerate(texts) if t is not None)
-    raise CollectiveError(
-        f"every stage wants to compute its part, but rank {rank} of the axis stage "
-        f"failed: {text}"
-    )
-
-
-def _without(stages: Stages, state: State) -> list[float]:
-    """How many weights have no gradient here; then for each tied weight, if it has."""
-    without = [name for name, p in state.trained if p.grad is None]
-    if not without:  # as always
-        return [0.0] * (1 + len(stages.ties))
-    tied = [float(name in without) for name in stages.ties]
-    return [float(len(without)) - sum(tied), *tied]
-
-
 def settled(inner: Engine) -> Callable[[Any, Tensor | float], None]:
     """`settle` of a model in stages whose copies `inner` reduces."""
 
@@ -309,7 +266,7 @@ def settled(inner: Engine) -> Callable[[Any, Tensor | float], None]:
 
 def _meet(stages: Stages, state: State) -> None:
     """Tell the other stages which gradients there are."""
-    numbers = torch.tensor(_without(stages, state), device=stages.env.device)
+    numbers = torch.tensor(without(stages, state), device=stages.env.device)
     comm.sum_scalars(stages.env, numbers)
     stages.met.missing, *lacking = numbers.tolist()
     stages.met.lacking = tuple(lacking)
@@ -361,7 +318,7 @@ def _reduced(state: State, here: Placed) -> None:
 
 def _wide(env: Env) -> torch.dtype:
     """A dtype that all stages can send, whatever theirs is."""
-    return torch.float64 if kind_of(env.device).float64 else torch.float32
+    return torch.float64 if has_float64(env.device) else torch.float32
 
 
 def clipped(inner: Engine) -> Callable[[Any, float | None], Tensor]:

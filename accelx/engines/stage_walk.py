@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import attrs
@@ -48,38 +49,42 @@ class Walk:
         self.called = True
         with _Between(self.known):
             output = call(*args, **kwargs)
-        self.output = self._filled(output, tree.leaves(output))
-        if self.stage < self.homes.count - 1:
+        if self.next is not None:
             if not self.sent:
-                self._lost(self.homes.starts[self.stage])
+                self._lost(self.next)
             raise Through
+        self.output = self._filled(output, tree.leaves(output))
         return self.output
 
     def part(self, name: str, call: Any, args: Any, kwargs: Any) -> Any:
         """A part's call."""
         number = self.counts.get(name, 0)
         self.counts[name] = number + 1
-        if self.homes.units[name] != self.stage and name != self.next:
-            result = self._recorded(name, number)
-            if isinstance(result, Tensor):  # as mostly, and whatever was given
-                return result
-        with _torch_stages.Aside(_Between):
-            return self._part(name, number, call, args, kwargs)
-
-    def _part(self, name: str, number: int, call: Any, args: Any, kwargs: Any) -> Any:
-        given = tree.leaves((args, kwargs))
+        if self.homes.units[name] != self.stage:
+            return self._other(name, number, args, kwargs)
+        one = not kwargs and len(args) == 1 and isinstance(args[0], Tensor)
+        given = args if one else tree.leaves((args, kwargs))
         if name == self.first and not number:
             self._receive(given)
-        now = list(map(self._now, given)) if self.known else given
-        if name == self.next and not number:
-            self._send(name, now)
-        if self.homes.units[name] != self.stage:
-            return self._returned(name, number, now)
-        args, kwargs = self._filled((args, kwargs), given)
-        self._whole(name, now)
-        result = call(*args, **kwargs)
-        self._whole(name, tree.leaves(result))
+        if _faked(given):
+            now = tuple(map(self._now, given))
+            self._whole(name, now)
+            args, kwargs = (now, {}) if one else self._filled((args, kwargs), given)
+        result = _torch_stages.without(_Between, call, args, kwargs)
+        if type(result) is not Tensor:  # as it mostly is: then it has numbers
+            self._whole(name, tree.leaves(result))
         return result
+
+    def _other(self, name: str, number: int, args: Any, kwargs: Any) -> Any:
+        """What a part of another stage returned when its shapes were learnt."""
+        recorded = self._recorded(name, number)
+        sends = name == self.next and not number
+        if not sends and isinstance(recorded, Tensor):  # whatever was given
+            return recorded
+        now = [self._now(leaf) for leaf in tree.leaves((args, kwargs))]
+        if sends:
+            _torch_stages.without(_Between, self._send, (name, now), {})
+        return recorded if isinstance(recorded, Tensor) else _returned(recorded, now)
 
     def _filled(self, whole: Any, leaves: list[Any]) -> Any:
         """A tree with what was received in it; the same one where nothing was."""
@@ -91,7 +96,7 @@ class Walk:
         """A leaf, or the numbers that were received in its place."""
         return self.known.get(id(leaf), leaf)
 
-    def _receive(self, given: list[Any]) -> None:
+    def _receive(self, given: Sequence[Any]) -> None:
         crossing = self.route.crossings[self.stage - 1]
         for i, tensor in zip(crossing.at, self.received, strict=True):
             self.known[id(given[i])] = tensor
@@ -101,19 +106,18 @@ class Walk:
         crossing = self.route.crossings[self.stage]
         leaves = tuple(given[i] for i in crossing.at)
         self._whole(name, leaves)
-        for leaf, like in zip(leaves, crossing.like, strict=True):
-            if (leaf.shape, leaf.dtype) != (like.shape, like.dtype):
+        for leaf, (shape, dtype) in zip(leaves, crossing.kinds, strict=True):
+            if leaf.shape != shape or leaf.dtype != dtype:
                 raise PlacementError(
-                    f"stage {self.stage} was to hand {like.dtype} "
-                    f"{tuple(like.shape)} to {name}, but has {leaf.dtype} "
-                    f"{tuple(leaf.shape)}; let shapes and dtypes in forward depend on "
-                    "those of its arguments alone"
+                    f"stage {self.stage} was to hand {dtype} {tuple(shape)} to {name}, "
+                    f"but has {leaf.dtype} {tuple(leaf.shape)}; let shapes and dtypes "
+                    "in forward depend on those of its arguments alone"
                 )
         self.sent = leaves
 
     def _whole(self, name: str, leaves: Any) -> None:
         """Refuse numbers of another stage that did not come along."""
-        odd = [leaf for leaf in leaves if _torch_stages.is_fake(leaf)]
+        odd = _faked(leaves)
         if odd:
             raise PlacementError(
                 f"{name} uses a tensor of shape {tuple(odd[0].shape)} of another stage "
@@ -129,19 +133,27 @@ class Walk:
             self._lost(name)
         return calls[number]
 
-    def _returned(self, name: str, number: int, given: list[Any]) -> Any:
-        def one(leaf: Any) -> Any:
-            return given[leaf.leaf] if isinstance(leaf, From) else leaf
-
-        recorded = self._recorded(name, number)
-        return tree.map_leaves(one, recorded, lambda leaf: isinstance(leaf, From))
-
     def _lost(self, name: str) -> NoReturn:
         raise PlacementError(
             f"forward took another way than for the first batch of this shape: {name} "
             "was called otherwise; let which modules run depend on shapes alone, or "
             "leave shard_stages out"
         )
+
+
+def _faked(leaves: Iterable[Any]) -> list[Any]:
+    """Those that have a shape and no numbers."""
+    known = _torch_stages.is_fake
+    return [one for one in leaves if type(one) is not Tensor and known(one)]
+
+
+def _returned(recorded: Any, given: list[Any]) -> Any:
+    """What a part returned, with what it was given and handed through."""
+
+    def one(leaf: Any) -> Any:
+        return given[leaf.leaf] if isinstance(leaf, From) else leaf
+
+    return tree.map_leaves(one, recorded, lambda leaf: isinstance(leaf, From))
 
 
 class _Between(TorchFunctionMode):
@@ -156,9 +168,9 @@ class _Between(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         given = tree.leaves((args, kwargs))
-        if any(map(_torch_stages.is_fake, given)):
+        if _faked(given):
             now = [self.known.get(id(leaf), leaf) for leaf in given]
-            if any(map(_torch_stages.is_fake, now)):  # only a shape comes of it
+            if _faked(now):  # only a shape comes of it
                 now = [_bare(leaf) for leaf in now]
             args, kwargs = tree.unflatten((args, kwargs), now)
         return func(*args, **kwargs)

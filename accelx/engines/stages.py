@@ -34,7 +34,7 @@ from accelx.engines.stage_homes import (
 from accelx.engines.stage_pipe import HALVES, SINGLE
 from accelx.engines.stage_route import Sketch, Way, guide, ran, sketched
 from accelx.engines.stage_seen import seen
-from accelx.engines.stage_shapes import shape
+from accelx.engines.stage_shapes import costed, shape
 from accelx.engines.stage_weights import guard
 from accelx.env_part import along, parts
 from accelx.errors import PlacementError
@@ -140,6 +140,7 @@ def _starts(
     if spec.sample is None:
         return starts, None
     sketch = sketched(model, homes(model, starts), env.device)
+    costed(sketch.model)
     args, kwargs = ((), spec.sample) if _is_words(spec.sample) else (spec.sample, {})
     costs = ran(sketch, lambda m: m(*args, **kwargs))
     if even:
@@ -248,13 +249,13 @@ def _within(model: nn.Module, plan: Plan) -> Placed:
         away = bool(plan.options.offload)
         device = plan.env.device
         copies.furnish(model, lambda t: "cpu" if away and _is_slice(t) else device)
-        drifting = placed.statistics(model) if result.drifting else ()
-        return attrs.evolve(result, drifting=drifting)
+        return result
     inside = plan.tensors is not None
     if inside:
         tensors.split(model, plan)
     copies.furnish(model, plan.env.device)
-    model.to(plan.env.device)
+    if any(str(t.device) != plan.env.device for _, t in copies.tensors(model)):
+        model.to(plan.env.device)  # which would refuse shapes alone
     engine = tensors.ENGINE if inside else placed.ALONE
     if plan.env.world > 1:
         engine = attrs.evolve(tensors.ENGINE if inside else plain.ENGINE, name="ddp")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,6 +14,11 @@ from accelx import _torch
 from accelx.errors import PlacementError
 
 _LAZY = nn.UninitializedParameter | nn.UninitializedBuffer
+
+
+def is_placed(module: nn.Module) -> bool:
+    """Whether this object, and not one that it was copied from, has been placed."""
+    return module.__dict__.get("_accelx_placed") == id(module)
 
 
 def over_ranks(model: nn.Module) -> None:
@@ -32,6 +37,14 @@ def over_ranks(model: nn.Module) -> None:
             f"{type(model).__name__} gets one in its first forward; call the model "
             "once on a sample before ax.init, or write the sizes: nn.Linear(8, 64)"
         )
+    cut = [n for n, p in model.named_parameters() if _torch.is_dtensor(p)]
+    if cut:
+        raise PlacementError(
+            f"placing wants weights that are whole, but {_some(cut)} of this "
+            f"{type(model).__name__} are in slices already, by another model or "
+            "another library; place models that share weights by "
+            '"ddp", or one that holds both'
+        )
     for name, table in _tables(model):
         if table.max_norm is not None:
             raise PlacementError(
@@ -43,20 +56,9 @@ def over_ranks(model: nn.Module) -> None:
 
 def in_slices(model: nn.Module) -> None:
     """Refuse what is lost where slices take the place of weights, by name."""
-    hooked = [n for n, p in model.named_parameters() if _torch.has_hooks(p)]
-    if hooked:
-        raise PlacementError(
-            f"others take the place of weights here, and the hooks of {_some(hooked)} "
-            "would never be called; change gradients in a pass, "
-            'ax.transform("name", before=...), or place the model by "ddp" alone'
-        )
-    for name, table in _tables(model):
-        if table.sparse:
-            raise PlacementError(
-                f"slices want gradients of all rows, but {name or 'the model'} has "
-                'sparse=True; write sparse=False, or place the model by "ddp" alone'
-            )
-
+    unhooked(model.named_parameters(), _torch.has_hooks)
+    unshared(model)
+    dense(model)
     for name, weight in model.named_parameters():
         # bitsandbytes keeps the scales of these as attributes of the Parameter
         if type(weight).__name__ == "Int8Params":
@@ -64,6 +66,41 @@ def in_slices(model: nn.Module) -> None:
                 "slices take the place of weights, and the scales that Int8Params of "
                 f"bitsandbytes carry would be lost, as those of {name}; place the "
                 'model by "ddp", or give it plain Linears and add ax.quantize("int8")'
+            )
+
+
+def unhooked(
+    named: Iterable[tuple[str, nn.Parameter]],
+    hooked: Callable[[nn.Parameter], bool] = _torch.has_grad_hooks,
+) -> None:
+    """Refuse hooks on weights that are to be slices, or are, by name."""
+    names = [n for n, p in named if hooked(p)]
+    if names:
+        raise PlacementError(
+            f"others take the place of weights here, and the hooks of {_some(names)} "
+            "would never be called; change gradients in a pass, "
+            'ax.transform("name", before=...), or place the model by "ddp" alone'
+        )
+
+
+def unshared(model: nn.Module) -> None:
+    """Refuse a module of another model that was placed: that would lose its weights."""
+    for name, module in model.named_modules():
+        if module is not model and is_placed(module):
+            raise PlacementError(
+                f"slices take the place of weights, but {name} of this "
+                f"{type(model).__name__} is of another model that was placed, which "
+                'would find them; place both by "ddp", or one model that holds both'
+            )
+
+
+def dense(model: nn.Module) -> None:
+    """Refuse tables whose gradients have some rows, by name."""
+    for name, table in _tables(model):
+        if table.sparse:
+            raise PlacementError(
+                f"slices want gradients of all rows, but {name or 'the model'} has "
+                'sparse=True; write sparse=False, or place the model by "ddp" alone'
             )
 
 

@@ -94,7 +94,19 @@ def _read(model: nn.Module, dealt: Collection[nn.Module]) -> dict[str, Any]:
             )
         style = TRANSFORMERS.get(word)
         found |= {n: style for n in taken if style is not None}
-    return found
+    return found | _between(model, found)
+
+
+def _between(model: nn.Module, found: Mapping[str, Any]) -> dict[str, str]:
+    """Activations that learn something, which act on features that were cut."""
+    each = [
+        n
+        for n, m in model.named_modules()
+        if next(m.parameters(False), None) is not None
+    ]
+    acts = [n for n in each if n.endswith(".act_fn")]
+    cut = [n for n in acts if found.get(n.replace(".act_fn", ".up_proj")) == "column"]
+    return dict.fromkeys(cut, "partial")
 
 
 def _found(model: nn.Module) -> dict[str, Any]:
@@ -175,7 +187,7 @@ def _fits(name: str, module: nn.Module, style: Any, size: int) -> None:
             "whole"
         )
     weight: Any = module.weight
-    dim = 1 if style in ("row", "row_scatter") else 0
+    dim = 1 if style in ("row", "row_scatter", "row_whole") else 0
     if weight.shape[dim] % size:
         raise PlacementError(
             f"shard_tensors cuts {name} along dim {dim} of its weight "

@@ -11,7 +11,7 @@ from accelx.errors import PlacementError
 
 MODULES: dict[str, tuple[type[nn.Module], ...]] = {
     **dict.fromkeys(("column", "column_gather", "loss"), (nn.Linear,)),
-    **dict.fromkeys(("row", "row_scatter"), (nn.Linear,)),
+    **dict.fromkeys(("row", "row_scatter", "row_whole"), (nn.Linear,)),
     **dict.fromkeys(("embedding", "embedding_scatter"), (nn.Embedding,)),
 }
 POSITIONS = 1  # the dim of an activation that counts positions
@@ -27,6 +27,7 @@ def parallel_style(style: Any) -> Any:
         "column_gather": lambda: tp.ColwiseParallel(output_layouts=whole),
         "loss": lambda: tp.ColwiseParallel(use_local_output=False),
         "row": tp.RowwiseParallel,
+        "row_whole": lambda: tp.RowwiseParallel(input_layouts=whole),
         "row_scatter": lambda: tp.RowwiseParallel(output_layouts=positions),
         "embedding": lambda: tp.RowwiseParallel(input_layouts=whole),
         "embedding_scatter": lambda: tp.RowwiseParallel(

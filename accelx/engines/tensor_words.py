@@ -13,12 +13,13 @@ POSITIONAL = (  # under which ranks hold a part of the positions each
     *("scatter", "gather", "sequence_gather"),
 )
 STYLES = (
-    *("column", "row", "embedding", "column_gather", "loss", "partial"),
+    *("column", "row", "embedding", "column_gather", "row_whole", "loss", "partial"),
     *POSITIONAL,
 )
 TRANSFORMERS = {  # what its configs call them; None: whole on each rank, as by default
     "colwise": "column",
     "rowwise": "row",
+    "rowwise_split_input": "row_whole",
     "colwise_gather_output": "column_gather",
     "colwise_rep": "column_gather",
     "embedding_rowwise": "embedding",

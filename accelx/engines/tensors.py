@@ -18,7 +18,7 @@ from accelx.engines import placed, plain
 from accelx.engines.tensor_plans import styles
 from accelx.engines.tensor_styles import hook, parallel_style
 from accelx.engines.tensor_words import cuts_logits, words
-from accelx.errors import PlacementError
+from accelx.errors import LossError, PlacementError
 from accelx.records import Env
 from accelx.saves.spread import Absent
 
@@ -55,7 +55,10 @@ def split(model: nn.Module, plan: Plan, dealt: Collection[nn.Module] = ()) -> No
         hook(modules[name], word, mesh)
     partial = {name for name, style in found.items() if "partial" in words(style)}
     for name, module in modules.items():
-        _keep_whole(name, module, mesh, summed=name in partial)
+        lent = _keep_whole(name, module, mesh, summed=name in partial)
+        if lent and isinstance(module, nn.Conv1d) and name:
+            where, _, leaf = name.rpartition(".")
+            _lend(modules[where], leaf, *lent)
     _tie_again(model, tied)
     for name, p in model.named_parameters():
         p.requires_grad_(trains[name])  # SequenceParallel forgets it
@@ -104,18 +107,21 @@ def _tie_again(model: nn.Module, tied: list[list[str]]) -> None:
             copies.put(model, name, weight)
 
 
-def _keep_whole(name: str, module: nn.Module, mesh: Any, summed: bool) -> None:
+def _keep_whole(
+    name: str, module: nn.Module, mesh: Any, summed: bool
+) -> tuple[Callable[..., None], Callable[..., None]] | None:
     """Have each rank use the weights that `module` itself holds as they are.
 
     As DTensors, since optimizers take many weights at once, of one kind. With `summed`
-    each rank uses them on its own part, so gradients add up.
+    each rank uses them on its own part, so gradients add up. Returns what makes them
+    plain for a call, and what ends that, if there are any.
     """
     from torch.distributed.tensor import Partial, Replicate, distribute_tensor
 
     own = dict(module.named_parameters(recurse=False))
     whole = [n for n, p in own.items() if not _torch.is_dtensor(p)]
     if not whole:
-        return
+        return None
     if isinstance(module, nn.RNNBase):
         raise PlacementError(
             f"shard_tensors cannot keep the weights of {name}, a "
@@ -138,6 +144,23 @@ def _keep_whole(name: str, module: nn.Module, mesh: Any, summed: bool) -> None:
 
     module.register_forward_pre_hook(before)
     module.register_forward_hook(behind, always_call=True)
+    return before, behind
+
+
+def _lend(
+    parent: nn.Module,
+    leaf: str,
+    before: Callable[..., None],
+    behind: Callable[..., None],
+) -> None:
+    """The same for calls of `parent`, which gives weights of `leaf` to a kernel.
+
+    As linear attention does those of a convolution that it does not call.
+    """
+    parent.register_forward_pre_hook(lambda m, args: before(getattr(m, leaf), args))
+    parent.register_forward_hook(
+        lambda m, args, out: behind(getattr(m, leaf), args, out), always_call=True
+    )
 
 
 def logits_cut(model: nn.Module) -> AbstractContextManager[Any]:
@@ -159,10 +182,23 @@ class Joined(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """`func` as it is; its result in full if it is a loss of cut logits."""
+        if func is functional.cross_entropy:
+            _smooth(args, kwargs or {})
         out = func(*args, **(kwargs or {}))
         if func is functional.cross_entropy and _torch.is_dtensor(out):
             return out.full_tensor()
         return out
+
+
+def _smooth(args: Any, kwargs: dict[str, Any]) -> None:
+    logits = args[0] if args else kwargs["input"]
+    if kwargs.get("label_smoothing") and _torch.is_dtensor(logits):
+        raise LossError(
+            'logits that stay cut ("loss" in the plan of shard_tensors) want '
+            "cross_entropy without label_smoothing, which torch does not compute over "
+            f"ranks, got {kwargs['label_smoothing']}; write "
+            '"column_gather" for that module'
+        )
 
 
 def joined(result: Any) -> Any:

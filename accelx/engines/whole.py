@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -90,3 +91,22 @@ def parted(grads: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Gradients as (this rank's slices, those that are whole)."""
     slices = [_torch.local_of(grad) for grad in grads if _torch.is_dtensor(grad)]
     return slices, [grad for grad in grads if not _torch.is_dtensor(grad)]
+
+
+@contextmanager
+def one_by_one(optimizers: Iterable[Any]) -> Generator[None]:
+    """Have groups with slices and whole weights updated a weight at a time inside.
+
+    torch's update of many weights at once, which a GPU gets where a group says nothing,
+    takes weights of one kind (torch 2.13).
+    """
+    parts = [part for one in optimizers for part in one.param_groups]
+    unsaid = [part for part in parts if part.get("foreach", True) is None]
+    both = [part for part in unsaid if _torch.mixed(part["params"])]
+    for part in both:
+        part["foreach"] = False
+    try:
+        yield
+    finally:
+        for part in both:
+            part["foreach"] = None

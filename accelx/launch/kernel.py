@@ -1,9 +1,11 @@
-"""What the kernel says of memory: how many processes it ended for want of it."""
+"""What the kernel says of this control group: memory it ran out of, CPU time it has."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+
+from accelx import cgroup
 
 GIB = 1 << 30
 
@@ -15,37 +17,32 @@ def oom_kills(root: Path = Path("/")) -> int | None:
     whole machine; None where the kernel does not say. `root` holds proc/ and sys/. The
     kernel counts before it kills, so a process that is gone has been counted.
     """
-    for path in (*_groups(root), root / "proc/vmstat"):
-        found = re.search(r"^oom_kill (\d+)$", _text(path), re.MULTILINE)
+    names = ("memory.events", "memory.oom_control")
+    groups = cgroup.folders("memory", root)
+    paths = [folder / name for folder in groups for name in names]
+    for path in (*paths, root / "proc/vmstat"):
+        found = re.search(r"^oom_kill (\d+)$", cgroup.text(path), re.MULTILINE)
         if found:
             return int(found[1])
     return None
 
 
+def quota(root: Path = Path("/")) -> float | None:
+    """CPUs' worth of time that this control group may use; None without a limit.
+
+    The least of its own and those of the groups around it, in cgroup v2 or v1.
+    """
+    limits: list[float] = []
+    for folder in cgroup.folders("cpu", root):
+        most, _, period = cgroup.text(folder / "cpu.max").partition(" ")
+        if not most:
+            most = cgroup.text(folder / "cpu.cfs_quota_us")
+            period = cgroup.text(folder / "cpu.cfs_period_us")
+        if most.isdecimal() and period.isdecimal():
+            limits.append(int(most) / int(period))
+    return min(limits, default=None)
+
+
 def gib(size: int) -> str:
     """`11.8 GiB`."""
     return f"{size / GIB:.1f} GiB"
-
-
-def _groups(root: Path) -> list[Path]:
-    """Where the counts of this process's group may be. Innermost group first."""
-    found: list[Path] = []
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if not controllers:
-            base, name = root / "sys/fs/cgroup", "memory.events"
-        elif "memory" in controllers.split(","):
-            base, name = root / "sys/fs/cgroup/memory", "memory.oom_control"
-        else:
-            continue
-        # A container sees its own group at the top, by whatever name the host has.
-        found += [base / path.strip("/") / name, base / name]
-    return found
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:  # not Linux, or a sandbox without it
-        return ""

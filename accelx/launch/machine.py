@@ -12,6 +12,7 @@ from pathlib import Path
 
 import attrs
 
+from accelx.launch.kernel import quota
 from accelx.launch.system import LINUX, offered
 
 SYSTEM = Path("/sys/devices/system")
@@ -46,7 +47,7 @@ def look(environ: Mapping[str, str]) -> Machine:
         system=sys.platform,
         has=offered(),
         cpus=_cpus(),
-        quota=_quota(),
+        quota=quota(),
         gpus=_gpus(environ),
     )
 
@@ -148,11 +149,6 @@ def _nodes() -> dict[int, int]:
                 numbers = range(int(first), int(last or first) + 1)
                 found.update(dict.fromkeys(numbers, int(folder.name[4:])))
     return found
-
-
-def _quota() -> float | None:
-    limit, _, period = _text(Path("/sys/fs/cgroup/cpu.max")).partition(" ")
-    return int(limit) / int(period) if limit.isdecimal() and period else None
 
 
 def _number(path: Path, default: int) -> int:

@@ -148,8 +148,11 @@ def _wrapped(spec: Compile, model: Any, counts: Compiled) -> Any:
 
 def _shapes(module: nn.Module) -> Any:
     """What code depends on: torch gives up on one that it compiled 8 times."""
+    from accelx import _torch
+
     every = (*module.named_parameters(), *module.named_buffers())
-    return tuple((n, t.shape, t.dtype, t.requires_grad) for n, t in every)
+    weights = tuple((n, t.shape, t.dtype, t.requires_grad) for n, t in every)
+    return weights, _torch.hooks_inside(module)
 
 
 def _compiled(inner: Any, spec: Compile, counts: Compiled) -> Callable[..., Any]:

@@ -158,10 +158,8 @@ def _keeping(policy: Policy) -> Callable[[], tuple[Any, Any]] | None:
     if policy == "full":
         return None
     import torch
-    from torch.utils.checkpoint import (
-        CheckpointPolicy,
-        create_selective_checkpoint_contexts,
-    )
+
+    from accelx import _torch_remat
 
     if callable(policy):
         keeps = policy
@@ -169,13 +167,7 @@ def _keeping(policy: Policy) -> Callable[[], tuple[Any, Any]] | None:
         packets = [getattr(torch.ops.aten, name, None) for name in PRODUCTS]
         found = {getattr(p, "default", None) for p in packets} - {None}
         keeps = found.__contains__
-
-    def chosen(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if keeps(op):
-            return CheckpointPolicy.MUST_SAVE
-        return CheckpointPolicy.PREFER_RECOMPUTE
-
-    return lambda: create_selective_checkpoint_contexts(chosen)
+    return lambda: _torch_remat.keeping_contexts(keeps)
 
 
 def _contexts(module: nn.Module, keeping: Any) -> Callable[[], tuple[Any, Any]] | None:
@@ -184,9 +176,9 @@ def _contexts(module: nn.Module, keeping: Any) -> Callable[[], tuple[Any, Any]] 
 
     if torch.compiler.is_compiling():  # statistics stay as compiled code has them
         return keeping
-    from accelx.engines.placed import statistics
+    from accelx.engines.placed import drifters
 
-    if not statistics(module):
+    if not drifters(module):
         return keeping
 
     def both() -> tuple[Any, Any]:

@@ -35,9 +35,25 @@ def _named(methods: str | Iterable[str]) -> tuple[str, ...]:
 
 def _read(config: Any) -> Any:
     """A configuration as a dict, out of a JSON file where its path is given."""
+    if config is None:
+        return None
+    said: Any = config
     if isinstance(config, str | os.PathLike):
-        return json.loads(Path(config).read_text())  # type: ignore[reportUnknownArgumentType]
-    return None if config is None else dict(config)
+        try:
+            said = json.loads(Path(config).read_text())  # type: ignore[reportUnknownArgumentType]
+        except (OSError, ValueError) as error:
+            raise PlacementError(
+                f"shard_model(config=...) wants a dict or the path of a JSON file, got "
+                f"{str(config)!r}, which cannot be read ({error}); write "  # type: ignore[reportUnknownArgumentType]
+                'config={"zero_optimization": {"stage": 2}}'
+            ) from error
+    if not isinstance(said, Mapping):
+        raise PlacementError(
+            f"shard_model(config=...) wants a dict of settings, got {said!r}"
+            f"{'' if said is config else f' in {config}'}; write "
+            'config={"zero_optimization": {"stage": 2}}'
+        )
+    return dict(said)  # type: ignore[reportUnknownArgumentType]
 
 
 def _where(offload: bool | str) -> bool | str:
@@ -192,7 +208,7 @@ def _plan(spec: ShardModel, tx: Transform, alone: bool) -> Any:
     _ready(spec.env)
     _divided(spec.env, tx)
     over = sums_env(spec.env)
-    settings.laid_out(over, spec.kind)
+    settings.laid_out(over, spec.kind, spec.env)
     precise = tx.find("with_precision")
     wanted: Precision | None = None if precise is None else precise.precision
     float8.check(wanted, spec.env.device, spec.kind)

@@ -158,6 +158,7 @@ def _cutting(spec: ShardSequence, site: Any, loss: Loss) -> Loss:
 
         from accelx.engines.sequence import cut
         from accelx.engines.sequence_mode import Exchanged, attended, summed
+        from accelx.engines.sequence_uneven import refuse
         from accelx.engines.stage_route import Through
 
         mine = cut(site, args, spec.tensors)
@@ -166,6 +167,7 @@ def _cutting(spec: ShardSequence, site: Any, loss: Loss) -> Loss:
             with Exchanged(site):
                 result = loss(model, *mine)
             attended(site, model)
+            refuse(site, result)
         except Through:  # the rest is another stage's; backward is yet to come
             raise
         except BaseException:

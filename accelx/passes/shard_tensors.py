@@ -38,10 +38,11 @@ def shard_tensors(env: Env, plan: str | Mapping[str, Any] = "auto") -> Transform
 
     `plan` maps globs over names of modules to styles: "column" cuts a Linear by its
     outputs, "row" by its inputs and adds up, so a column and a row after it need one
-    sum; "embedding" cuts a table by its rows; "column_gather" gives outputs whole;
-    "loss" leaves logits cut for `cross_entropy`. For sequence parallel "sequence" is a
-    norm over a part of the positions, "row_scatter" and "embedding_scatter" cut what
-    they give along dim 1, "scatter", "gather" and "sequence_gather" cut or join it.
+    sum; "embedding" cuts a table by its rows; "column_gather" gives outputs whole,
+    and "row_whole" takes inputs so; "loss" leaves logits cut for `cross_entropy`. For
+    sequence parallel "sequence" is a norm over a part of the positions, "row_scatter"
+    and "embedding_scatter" cut what they give along dim 1, "scatter", "gather" and
+    "sequence_gather" cut or join it.
     "partial" is a small weight that is used on each rank's own heads. A ParallelStyle
     of torch is taken too. What no glob names stays whole on each of these ranks.
 

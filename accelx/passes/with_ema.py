@@ -189,11 +189,14 @@ def swapped(state: Any) -> Generator[None]:
 
     Holds a copy of this rank's trained weights meanwhile. No communication.
     """
+    import torch
+
     slot = _slot(state)
     if not slot.taken or slot.lent:  # the weights themselves; or those it has already
         yield
         return
     _rest(state)
+    torch.clear_autocast_cache()  # an autocast around keeps old weights
     weights = {name: _local(p) for name, p in state.trained}
     kept = {name: weight.clone() for name, weight in weights.items()}
     slot.lent = True
@@ -204,6 +207,7 @@ def swapped(state: Any) -> Generator[None]:
     finally:
         for name, weight in weights.items():
             weight.copy_(kept[name])
+        torch.clear_autocast_cache()
         slot.lent = False
         _rest(state)
 

@@ -131,12 +131,13 @@ def _autocasting(loss: Loss, full: Precision) -> Loss:
     def cast_loss(model: Any, *args: Any) -> Any:
         import torch
 
+        from accelx._torch_stages import device_kind
         from accelx.dtypes import dtype
 
         compute, output = dtype(full.compute), dtype(full.output)
-        kind = next(model.parameters()).device.type
         with ExitStack() as stack:
             if compute in (torch.bfloat16, torch.float16):
+                kind = device_kind(model)
                 stack.enter_context(torch.autocast(kind, dtype=compute))
             if output is not None:
                 stack.enter_context(_output_cast(model, output))

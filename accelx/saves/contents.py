@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 from torch import Tensor, nn
 
+from accelx.engines.kept import as_at_init
 from accelx.errors import CheckpointError
 from accelx.match import Selector, fits
 from accelx.records import Env
@@ -110,11 +111,13 @@ def is_weight(tensor: Held) -> bool:
 
 
 def rest(name: str, env: Env, state: State) -> None:
-    """Have the engine make weights what optimizers see. Refuses ranks without one."""
+    """Have the engine make weights what optimizers see.
+
+    Refuses ranks without one, and weights that came since `init`.
+    """
+    as_at_init(state)
     placed = state.slots.get("shard_model")
-    if placed is not None:
-        placed.rest()
-    elif env.world > 1:
+    if placed is None and env.world > 1:
         raise CheckpointError(
             f"{name} wants a model on all {env.world} ranks, but the chain has no "
             'shard_model, so each rank has its own; add shard_model(env, "ddp")'

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from accelx import _torch, comm
 from accelx.comm_wire import together
+from accelx.engines import apart
 from accelx.errors import CheckpointError
 from accelx.records import Env, check_env
 from accelx.saves.contents import rest, state_tensors
@@ -60,6 +61,7 @@ def held_weights(name: str, env: Env, state: State) -> dict[str, Held]:
     """Weights and persistent buffers of a state by their first names."""
     together(env, name)
     rest(name, env, state)
+    apart.agreed(state, name)
     if stages_of(state) is not None:
         raise CheckpointError(
             f"{name} wants every rank to know all weights, but the model is cut into "

@@ -251,15 +251,24 @@ def hand(load: Callable[[Any], Any], state: Any, path: str) -> Any:
         ) from error
 
 
+def _unloaded(path: str, target: Any) -> str:
+    if target is None and path.startswith("slots."):
+        return (
+            f"{path} was saved by a pass that is not in this chain; put it in, or load "
+            f'the rest: only=lambda name, _: not name.startswith("{path}")'
+        )
+    return (
+        f"{path} was saved from an object with a state_dict, and here it is "
+        f"{type(target).__name__}; put such an object there, or leave it out with "
+        "only=..."
+    )
+
+
 def settle(value: Any) -> Any:
     """`value` with every object in it loaded: call it once tensors are filled."""
     if isinstance(value, _Later):
         if not hasattr(value.target, "load_state_dict"):
-            raise CheckpointError(
-                f"{value.path} was saved from an object with a state_dict, and here it "
-                f"is {type(value.target).__name__}; put such an object there, or leave "
-                "it out with only=..."
-            )
+            raise CheckpointError(_unloaded(value.path, value.target))
         hand(value.target.load_state_dict, settle(value.state), value.path)
         return value.target
     if isinstance(value, list | tuple):

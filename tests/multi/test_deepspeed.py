@@ -5,6 +5,7 @@ import gc
 import sys
 import tempfile
 from argparse import Namespace
+from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec
 
@@ -13,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import accelx as ax
-from accelx import deferred, testing
+from accelx import deferred, gradients, testing
 from accelx.engines import deepspeed_cut, deepspeed_open
 from accelx.engines.options import Options
 from tests.laws import training as t
@@ -433,6 +435,30 @@ class Small(nn.Sequential):
 
 
 @cache
+def rewritten(env, kind):
+    """The trace of two steps, before each of which weights are halved by hand.
+
+    Others take the place of their data; under stage 3 DeepSpeed lends them in full.
+    """
+    tx = chain(env, kind)
+    state, trace = ax.init(tx, single, t.grouped), []
+    weights, lent = list(state.model.parameters()), nullcontext()
+    for batch in DATA[:2]:
+        if PLACES.get(kind, {}).get("stage") == 3:
+            gathered = sys.modules["deepspeed"].zero.GatheredParameters
+            lent = gathered(weights, modifier_rank=0)
+        with lent, torch.no_grad():
+            for p in weights:
+                if isinstance(lent, nullcontext):
+                    p.data = p.data * 0.5
+                elif env.main:
+                    p.mul_(0.5)
+        state, one = go_on(env, tx, state, t.masked, [batch])
+        trace += one
+    return trace
+
+
+@cache
 def both(env, kind):
     """A generator and a critic, each the other's argument: their weights."""
     tx = ax.chain(placing_small(env, kind), ax.clip(t.LIMIT))
@@ -505,18 +531,45 @@ def behaves(env, folder):
     And of ddp before and after: DeepSpeed leaves other engines' numbers alone.
     """
     found, before = {}, few_bits(env, "ddp", "bf16")
+    written = rewritten(env, "ddp")
     for place in PLACES:
         raising(env, place)
         halves(env, place)
         found[place, "average"] = average(env, place)
         found[place, "pair"] = pair(env, place)
         found[place, "bf16"] = halved(env, place)
+        found[place, "written"] = apart(written, rewritten(env, place))
     found["ddp", "bf16"] = apart(before, few_bits(env, "ddp", "bf16"))
+    plain, alone = carrying(env, {}), carrying(env, {"contiguous_gradients": False})
+    assert (plain[1], alone[1]) == (0, 2)
+    found["carried"] = apart(plain[0], alone[0])
     return found
 
 
+def carrying(env, zero):
+    """The trace of two steps with a plain mean, and how many sums took a collective."""
+    calls, send = [], gradients.comm.sum_scalars
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return send(*args, **kwargs)
+
+    tx = ax.chain(ax.shard_model(env, "deepspeed", config={"zero_optimization": zero}))
+    state = ax.init(ax.chain(tx, ax.accumulate(2)), single, t.grouped)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradients.comm, "sum_scalars", counted)
+        step, trace = ax.step(ax.chain(tx, ax.accumulate(2)), t.bare), []
+        for batch in DATA[2:]:
+            state, out = step(state, t.part(env, batch))
+            trace.append(t.Step(float(out.loss), 0.0, whole(env, state)))
+    return trace, len(calls)
+
+
 def test_a_state_does_what_it_does_on_every_engine():
-    """Errors, skips, averages, critics, halves of a step, evaluation, precision."""
+    """Errors, skips, averages, critics, halves of a step, evaluation, precision.
+
+    Weights that others write; a loss that travels with gradients, or does not.
+    """
     for found in told(behaves):
         assert max(gap for gap in found.values() if gap is not None) < 1e-6, found
 
@@ -562,6 +615,75 @@ def lion(model):
 def unused(model, batch):
     """A loss that leaves the blocks out."""
     return model.head(model.embed(batch[0])).mean()
+
+
+def penalised(model, batch):
+    """A loss that reads weights itself."""
+    return t.bare(model, batch) + sum(p.square().sum() for p in model.parameters())
+
+
+class Again(nn.Module):
+    """One weight in two blocks that torch computes again, each with a backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.inner = nn.Embedding(t.TOKENS, 4), nn.Linear(4, 4)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for _ in range(2):
+            x = checkpoint(self.inner, x, use_reentrant=True)
+        return x
+
+
+def odd(env, folder):
+    """What DeepSpeed would do wrong, or refuse in words that name nothing of ours."""
+    two, three = placing(env, "zero-2"), placing(env, "zero-3")
+    few = {"reduce_bucket_size": 1, "stage3_param_persistence_threshold": 0}
+    small = {"zero_optimization": few}
+    adam = lambda m: torch.optim.AdamW(m.parameters())  # noqa: E731
+    square = lambda m, b: m(b[0]).square().mean()  # noqa: E731
+    for stage in (2, 3):
+        tx = ax.shard_model(env, "deepspeed", stage=stage, config=small)
+        with pytest.raises(ax.PlacementError, match=r"inner\.\w+ came in two"):
+            ax.step(tx, square)(ax.init(tx, Again, adam), t.part(env, DATA[0]))
+    state = ax.init(three, single, t.grouped)
+    with torch.no_grad():
+        state.model.head.bias.zero_()
+    with pytest.raises(ax.PlacementError, match=r"^head.bias was written from outside"):
+        ax.step(three, t.bare)(state, t.part(env, DATA[0]))
+    assert ax.step(three, t.bare)(state, t.part(env, DATA[0]))[1].stepped
+    state = ax.init(three, single, t.grouped)
+    with pytest.raises(RuntimeError) as caught:
+        ax.step(three, penalised)(state, t.part(env, DATA[0]))
+    assert "weight_decay" in caught.value.__notes__[0]
+    sparse = nn.Embedding(3, 4, sparse=True)
+    with pytest.raises(ax.PlacementError, match="sparse=True; write sparse=False"):
+        ax.init(two, sparse, adam)
+    waves = nn.ParameterList([torch.ones(2, dtype=torch.complex64)])
+    with pytest.raises(ax.PlacementError, match=r'complex64, but 0 would.*"ddp"'):
+        ax.init(placing(env, "zero-0"), waves, adam)
+    for zero, words in (
+        ({"stge": 2}, "stge: Extra inputs"),
+        ({"stage": 1, "overlap_comm": True}, "overlap_comm only with ZeRO stage 2"),
+    ):
+        tx = ax.shard_model(env, "deepspeed", config={"zero_optimization": zero})
+        with pytest.raises(ax.PlacementError, match=words):
+            ax.init(tx, single, t.grouped)
+    with pytest.warns(ax.NeutralityWarning, match="known of Mine.*norm or shape"):
+        ax.init(two, nn.Linear(2, 2), lambda m: Mine(m.parameters(), {"lr": 0.1}))
+    half = ax.with_precision(ax.Precision(param="fp32", buffer="bf16"))
+    buffers = ax.init(ax.chain(three, half), single, t.grouped).model.buffers()
+    return {b.dtype for b in buffers} == {torch.bfloat16}
+
+
+class Mine(torch.optim.Optimizer):
+    """One of which nobody knows what it looks at."""
+
+
+def test_what_deepspeed_would_do_wrong_is_refused():
+    """Gradients in two parts, lost writes, and settings: by names of the user's own."""
+    assert told(odd) == [True, True]
 
 
 def infinite(model, batch):
@@ -675,4 +797,7 @@ def test_one_rank_is_the_plain_model():
     assert Options().stage is None
 
 
-LAUNCHES = (trained, resharded, theirs, made_in_slices), (behaves, refusals, language)
+LAUNCHES = (
+    (trained, resharded, theirs, made_in_slices),
+    (behaves, refusals, odd, language),
+)

@@ -1,6 +1,6 @@
 """What a state can do besides training by steps is the same on every engine."""
 
-import copy
+import warnings
 from contextlib import nullcontext
 from functools import cache
 
@@ -609,19 +609,32 @@ def test_rank_zeros_numbers_count(kind):
 def test_batch_norm_warns_and_averages_its_statistics():
     """Numbers depend on ranks then, and that is said; statistics agree on all ranks."""
 
-    def rank(env):
+    def net():
         torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
-        with pytest.warns(ax.NeutralityWarning, match=r"1 normalise.*GroupNorm"):
-            state = ax.init(
-                ax.shard_model(env), net, lambda m: torch.optim.SGD(m.parameters(), 0.1)
-            )
-        batch = t.part(env, [torch.arange(16.0).reshape(8, 2)])
-        state, _ = ax.step(ax.shard_model(env), square)(state, batch)
-        return state.model[1].running_mean, copy.deepcopy(batch)
+        return nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
 
-    one, other = testing.run(2)(rank)()
-    assert torch.equal(one[0], other[0])
+    def means(env, kind, model):
+        """The running means after a step, of a fork too, and before they are met."""
+        tx = ax.shard_model(env, kind)
+        with pytest.warns(ax.NeutralityWarning, match=r"1 normalise.*GroupNorm"):
+            state = ax.init(tx, model, lambda m: torch.optim.SGD(m.parameters(), 0.1))
+        with warnings.catch_warnings(action="ignore", category=ax.NeutralityWarning):
+            fork = ax.fork(state)
+        batch = t.part(env, [torch.arange(16.0).reshape(8, 2)])
+        after = [ax.step(tx, square)(one, batch)[0] for one in (state, fork)]
+        own = net()
+        own(batch[0])
+        return [*(s.model[1].running_mean for s in after), own[1].running_mean]
+
+    def rank(env):
+        cases = [(k, m) for k in ("ddp", "fsdp2") for m in (net, net())]
+        return [means(env, *case) for case in cases]
+
+    for one, other in zip(*testing.run(2)(rank)(), strict=True):
+        own, wanted = one[-1], (one[-1] + other[-1]) / 2
+        assert not torch.allclose(own, wanted)  # each rank's own would be seen
+        for mean in (*one[:-1], *other[:-1]):
+            assert torch.allclose(mean, wanted)
 
 
 PARTS = {

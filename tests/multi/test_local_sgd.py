@@ -369,6 +369,9 @@ def leave(env, folder):
         assert f"ax.with_{'local_sgd' if name == 'local' else 'diloco'}(" in str(
             e.value
         )
+        for read in (ax.stream_weights, lambda *held: ax.export(held, folder)):
+            with pytest.raises(ax.CheckpointError, match=r"on, but 1 .*: do it then"):
+                read(env, state)
         alone(PASSES[name](env, every)(state))
         made[name] = trace
     return made
@@ -441,6 +444,10 @@ def test_slices_and_other_envs_are_refused():
             tx = ax.chain(ax.shard_model(env), make(ax.Env(), 2))
             with pytest.raises(ax.PlacementError, match="once, for both"):
                 ax.init(tx, t.made(), sgd)
+            for odd in ({"hook": "bf16"}, {"static_graph": True}):
+                tx = ax.chain(ax.shard_model(env, **odd), make(env, 2))
+                with pytest.raises(ax.PlacementError, match="none are; write"):
+                    ax.init(tx, t.made(torch.float32), sgd)
 
     testing.run(2)(rank)()
 

@@ -158,6 +158,81 @@ def held(env):
     return str(caught.value)
 
 
+def began(env, kind, change, *steps):
+    """What is said of a model that is changed after these steps."""
+    tx = ax.shard_model(env, kind)
+    state, run = ax.init(tx, Two, sgd), None
+    for _ in steps:
+        state, _ = ax.step(tx, square)(state, part(env))
+    change(state.model)
+    with pytest.raises(ax.AccelxError) as caught:
+        run = ax.step(tx, square)(state, part(env))
+    assert run is None
+    return str(caught.value)
+
+
+def grown(model):
+    model.c = nn.Linear(1, 1).double()
+
+
+def loaded(model):
+    """Other weights in place of those that the optimizer has."""
+    model.load_state_dict(Two().state_dict(), assign=True)
+
+
+def hooked_late(model):
+    model.a.weight.register_hook(lambda grad: 2 * grad)
+
+
+def changed(env):
+    """What is said of weights and hooks that came since, and of a save of them."""
+    found = {
+        ("grown", kind, n): began(env, kind, grown, *range(n))
+        for kind in ("ddp", "fsdp2")
+        for n in (0, 1)
+    }
+    found["loaded"] = began(env, "ddp", loaded)
+    found["hooked"] = began(env, "fsdp2", hooked_late)
+    state = ax.init(ax.shard_model(env), Two, sgd)
+    grown(state.model)
+    with pytest.raises(ax.PlacementError) as caught:
+        ax.save_state(env, "memory://grown")(state)
+    return {**found, "saved": str(caught.value)}
+
+
+def read_later(env):
+    """What is said of a loss that reads a slice in its second step."""
+    turns = iter([square, read])
+    tx = ax.shard_model(env, "fsdp2")
+    step = ax.step(tx, lambda model, x: next(turns)(model, x))
+    state, _ = step(ax.init(tx, Two, sgd), part(env))
+    with pytest.raises(ax.LossError) as caught:
+        step(state, part(env))
+    return str(caught.value)
+
+
+def blocks_first(env):
+    """What is said of a loss that calls a block before the model."""
+    loss = lambda m, x: m.a(x).mean() + square(m, x)  # noqa: E731
+    tx = ax.shard_model(env, "fsdp2", "a")
+    state = ax.init(tx, Two, sgd)
+    with pytest.raises(RuntimeError) as caught:
+        ax.step(tx, loss)(state, part(env))
+    return " ".join(caught.value.__notes__)
+
+
+def shared(env):
+    """What is said of a module that two models have, where either is in slices."""
+    said = []
+    for first, second in (("ddp", "fsdp2"), ("fsdp2", "ddp")):
+        body = Two()
+        ax.init(ax.shard_model(env, first), nn.Sequential(body), sgd)
+        with pytest.raises(ax.PlacementError) as caught:
+            ax.init(ax.shard_model(env, second), nn.Sequential(body), sgd)
+        said.append(str(caught.value))
+    return said
+
+
 def penalised(model, x):
     """A loss with a gradient of gradients in it."""
     x = x.detach().requires_grad_()
@@ -177,10 +252,10 @@ class Deep(Two):
 
 
 def twice_back(env):
-    """What is said of gradients of gradients in slices; ddp's loss and torch's."""
+    """What is said of gradients of gradients in blocks; other losses, and torch's."""
     said, losses = "", []
-    for kind in ("fsdp2", "ddp"):
-        tx = ax.shard_model(env, kind)
+    for kind, blocks in (("fsdp2", "c"), ("fsdp2", None), ("ddp", None)):
+        tx = ax.shard_model(env, kind, blocks)
         state, step = ax.init(tx, Deep, sgd), ax.step(tx, penalised)
         with warnings.catch_warnings():  # of strides that ddp does not like
             warnings.simplefilter("ignore")
@@ -193,7 +268,8 @@ def twice_back(env):
     model = Deep()
     penalised(model, X).backward()
     sgd(model).step()
-    return said, abs(losses[-1] - penalised(model, X).item()), len(losses)
+    wanted = penalised(model, X).item()
+    return said, max(abs(loss - wanted) for loss in losses[1::2]), len(losses)
 
 
 def staged(env):
@@ -258,6 +334,10 @@ def on_two_ranks(env):
         refused(env, "fsdp2", mixed, error=ax.LossError)
     texts["joined"] = " ".join(caught.value.__notes__)
     texts["halved"] = halved(env)
+    texts["changed"] = changed(env)
+    texts["later"] = read_later(env)
+    texts["shared"] = shared(env)
+    texts["blocks"] = blocks_first(env)
     texts["factored"] = factored(env)
     texts["held"] = held(env)
     texts["staged"] = staged(env)
@@ -307,12 +387,12 @@ def test_what_each_rank_has_of_its_own_rows_is_pointed_out_once(kind):
         assert "ax.Mean(total, weight)" in aux
 
 
-def test_a_gradient_of_gradients_is_exact_under_ddp_and_explained_in_slices():
-    """Slices are gone by the second backward pass, of which torch says a storage."""
+def test_a_gradient_of_gradients_is_exact_or_explained_in_blocks():
+    """Those are gone by the second backward pass, of which torch says a storage."""
     for texts in told():
         said, far, losses = texts["twice"]
         assert 'shard_model(env, "ddp")' in said
-        assert losses == 2
+        assert losses == 4
         assert far < 1e-12
 
 
@@ -330,10 +410,34 @@ def test_what_would_be_lost_on_the_way_is_refused():
             assert "freeze before ax.init" in said
 
 
+def test_weights_and_hooks_that_came_after_init_are_refused():
+    """No optimizer would move these, and nobody call those; a save says so, too."""
+    for texts in told():
+        said = texts["changed"]
+        assert "the hooks of a.weight would never be called" in said.pop("hooked")
+        assert "a.weight, a.bias, b.weight, b.bias went out of it" in said["loaded"]
+        assert "load_state_dict without assign=True" in said.pop("loaded")
+        for text in said.values():
+            assert "c.weight, c.bias came into the model since ax.init" in text
+            assert "in the function that makes the model" in text
+
+
+def test_a_module_of_two_models_is_refused_where_one_is_in_slices():
+    """By the name that it has in the second; ddp has it in both."""
+    for texts in told():
+        would, have = texts["shared"]
+        assert "0 of this Sequential is of another model that was placed" in would
+        assert "0.a.weight, 0.a.bias" in have
+        assert "are in slices already" in have
+        assert all('by "ddp"' in said for said in texts["shared"])
+
+
 def test_a_loss_that_reads_slices_is_told_what_to_write():
     """Their gradient would be of one rank's rows, and in no sum over ranks."""
     for texts in told():
-        assert "the loss reads a.weight past the model's forward" in texts["read"]
+        assert 'methods="encode"' in texts["blocks"]
+        for when in ("read", "later"):
+            assert "the loss reads a.weight past the model's forward" in texts[when]
         assert "the optimizer's weight_decay" in texts["read"]
         assert "the optimizer's weight_decay" in texts["joined"]
 

@@ -271,8 +271,32 @@ def test_ddp_refuses_a_reduction_dtype_that_it_cannot_have():
         with pytest.raises(ax.PrecisionError, match=r"reduce='bf16'.*fsdp2"):
             ax.init(placing(env, "ddp", wanted), tiny, adam)
         assert seen(env, "fsdp2", wanted)["grad"] == {torch.float32}
+        with pytest.raises(RuntimeError) as caught:
+            normed(env)
+        assert 'ignored="**.norm"' in caught.value.__notes__[0]
+        normed(env, ignored="1")
 
     testing.run(2)(rank)()
+
+
+def normed(env, **options):
+    """A step in which LayerNorm is given float32: a buffer makes its rows so."""
+    model = nn.Sequential(Shifted(), nn.LayerNorm(4))
+    place = ax.shard_model(env, "fsdp2", **options)
+    tx = ax.chain(place, ax.with_precision("bf16"))
+    loss = lambda m, data: m(data[0]).square().mean()  # noqa: E731
+    ax.step(tx, loss)(ax.init(tx, model, adam), batch(env))
+
+
+class Shifted(nn.Linear):
+    """A product, with something in float32 added to it."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.register_buffer("shift", torch.ones(4))
+
+    def forward(self, x):
+        return super().forward(x) + self.shift
 
 
 @pytest.mark.parametrize("given", ["fp4", "half", 16, None, torch.float16])
@@ -282,6 +306,8 @@ def test_an_unknown_precision_says_which_there_are(given):
         ax.with_precision(given)
     assert repr(given) in str(error.value)
     assert "Precision(...)" in str(error.value)
+    half = given in ("half", 16, torch.float16)
+    assert ('write with_precision("fp16")' in str(error.value)) == half
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ def gaps(env, kind):
     runs = {name: run(env, kind, name) for name in CHAINS}
     if kind == "fsdp2":  # gathered inside and outside of what is recomputed
         runs["inside"] = run(env, kind, "full", "layers.*.inner")
+        runs["inside, kept"] = run(env, kind, "selective", "layers.*.inner")
         runs["root"] = run(env, kind, "full", None)
     return {n: t.apart(judge, one, env.rank, env.world) for n, one in runs.items()}
 

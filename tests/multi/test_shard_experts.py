@@ -39,6 +39,13 @@ class Experts(nn.Module):
         return (torch.tanh(each + self.bias[index]) * weights[..., None]).sum(1)
 
 
+class Choosing(Experts):
+    """Leaves out what counts little."""
+
+    def forward(self, tokens, index, weights):
+        return super().forward(tokens, index, weights * (weights > 0.3))
+
+
 class Block(nn.Module):
     """A router, and the experts that it chooses two of."""
 
@@ -226,6 +233,11 @@ def refused(env):
     tx = ax.chain(ax.shard_model(env), ax.shard_experts(env, Experts))
     with pytest.raises(ax.PlacementError) as caught:
         ax.init(tx, nn.Sequential(Experts(3)), adam)
+    said.append(str(caught.value))
+    model = made()
+    model.layers[0].experts.__class__ = Choosing
+    with pytest.raises(ax.PlacementError) as caught:
+        train(env, tx, model, t.masked, t.grouped)
     return [*said, str(caught.value)]
 
 
@@ -245,8 +257,9 @@ def test_two_ranks_hold_two_experts_each():
             "has none",
             "hook=",
             "deals the 3 experts",
+            "something else of weights",
         ]
-        assert [w in s for w, s in zip(words, said, strict=True)] == [True] * 4, said
+        assert [w in s for w, s in zip(words, said, strict=True)] == [True] * 5, said
 
 
 def stepped(env, turned=False, plan=PLAN):
@@ -334,6 +347,23 @@ def test_experts_that_do_not_fit_are_refused_on_one_process_too():
     axes = (ax.Axis("tensor", 2), ax.Axis("expert", 2))
     with pytest.raises(ax.PlacementError, match=r'write .*"expert=2,tensor=2"'):
         ax.shard_experts(ax.Env(world=4, axes=axes))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (lambda m: setattr(m, "all", nn.Parameter(torch.ones(6))), r"all \(6,\); st"),
+        (lambda m: setattr(m, "one", nn.Parameter(torch.ones(()))), r"one \(\); stack"),
+        (lambda m: m.register_buffer("by", torch.ones(4)), "buffer by .*all 4 experts"),
+    ],
+)
+def test_what_is_not_dealt_out_with_the_weights_is_refused(given, words):
+    """A weight of all experts, and a buffer with a row for each of them."""
+    model = made()
+    given(model.layers[0].experts)
+    tx = ax.chain(ax.shard_model(ENV), ax.shard_experts(ENV, Experts))
+    with pytest.raises(ax.PlacementError, match=words):
+        ax.init(tx, model, adam)
 
 
 def test_a_plan_that_cuts_experts_is_refused_on_one_process_too():

@@ -1,5 +1,6 @@
 """Every option of shard_model on four ranks, held to one process and torch alone."""
 
+import re
 import warnings
 from collections import Counter
 from functools import cache
@@ -8,6 +9,7 @@ import attrs
 import pytest
 import torch
 from torch import distributed as dist, nn
+from torch.optim import adam
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import accelx as ax
@@ -365,9 +367,33 @@ SLICED |= {
     "hsdp-kept-evaluated": lambda env: evaluated(
         env, "hsdp", reshard_after_forward=False, ignored=FROZEN
     ),
+    "fsdp2-whole-as-on-a-gpu": lambda env: at_once(env),
+    "fsdp2-written": lambda env: gap(
+        env, "fsdp2", loss=written, blocks=None, unused="allow"
+    ),
     "fsdp2-whole-alone": lambda env: alone(env, "fsdp2", ignored=FROZEN),
     "hsdp-whole-alone": lambda env: alone(env, "hsdp", ignored=FROZEN),
 }
+
+
+def written(model, batch):
+    """A mean over tokens of logits that are written to: a view, as of any Linear."""
+    logits = model(batch[0])
+    logits /= 2
+    each = nn.functional.cross_entropy(
+        logits.mT, batch[0].roll(-1, dims=1), reduction="none"
+    )
+    return ax.Mean((each * batch[1]).sum(), batch[1].sum())
+
+
+def at_once(env):
+    """The gap where torch updates all weights of a group at once, if none says no."""
+    keep = adam._default_to_fused_or_foreach
+    adam._default_to_fused_or_foreach = lambda *args, **kwargs: (False, True)
+    try:
+        return small(env, "fsdp2", ignored=("scale", *FROZEN))
+    finally:
+        adam._default_to_fused_or_foreach = keep
 
 
 def skipped(env, **options):
@@ -701,10 +727,21 @@ def remedied(env):
     return ax.init(tx, t.made()).model.layers[3].extra_repr()
 
 
+def all_at_once(env):
+    """What an optimizer hears that updates slices and whole weights together."""
+    tx = ax.shard_model(env, "fsdp2", ignored="head.**")
+    adamw = lambda groups: torch.optim.AdamW(groups, foreach=True)  # noqa: E731
+    with pytest.raises(ax.PlacementError) as caught:
+        ax.init(tx, t.made(), lambda m: adamw(m.parameters()))
+    apart = {"embed.**": {}, "head.**": {}, "**": {}}  # whose weight is one
+    ax.init(tx, t.made(), lambda m: adamw(ax.param_groups(m, apart)))
+    return str(caught.value)
+
+
 @cache
 def placements():
     """What two ranks refuse, and what they then take, in one launch."""
-    cases = {f.__name__: f for f in (refused, two_axes, remedied)}
+    cases = {f.__name__: f for f in (refused, two_axes, remedied, all_at_once)}
     return testing.run(2, timeout=90)(all_of(cases))()
 
 
@@ -720,6 +757,12 @@ def test_two_axes_are_refused_before_the_model_is_made():
         said, made = rank["two_axes"]
         assert 'write "hsdp"' in said
         assert made == 0
+
+
+def test_whole_weights_and_slices_are_not_updated_at_once():
+    """Said when the optimizer is made, with the groups that can be."""
+    for rank in placements():
+        assert re.search(r"foreach=True.*AdamW has.*param_groups", rank["all_at_once"])
 
 
 def test_the_remedy_of_each_is_taken():

@@ -174,7 +174,8 @@ def trained(env, tx, loss, data=None):
 
 def run_case(env, mode, kind, loss, n, recomputed):
     """How far a case lies from its judge."""
-    rest = [ax.remat("layers.*")] if recomputed else []
+    policy = "selective" if mode == "gather" else "full"
+    rest = [ax.remat("layers.*", policy)] if recomputed else []
     tx = chained(env, mode, kind, *rest, ax.accumulate(n))
     _, trace = trained(env, tx, LOSSES[loss])
     return t.apart(judge(loss), trace, env.rank, env.world)
@@ -395,8 +396,12 @@ def test_models_of_transformers_get_positions_and_masks():
 def refusals(env):
     """What each wrong loss or model raises, all on the same ranks."""
 
-    def said(loss, model=made, data=None, **options):
+    def said(loss, model=made, data=None, measured=False, **options):
         try:
+            if measured:
+                tx = chained(env, "gather", "ddp", **options)
+                ax.measure(tx, loss)(ax.init(tx, model, t.grouped), batches()[0])
+                return "nothing"
             trained(env, chained(env, "gather", "ddp", **options), loss, data)
         except ax.AccelxError as error:
             return f"{type(error).__name__}: {error}"
@@ -413,6 +418,18 @@ def refusals(env):
         n = batch["tokens"].size(1)
         return each(model, batch, attn_mask=torch.ones(n, n).bool().tril()).mean()
 
+    def ignoring(model, batch):
+        labels = torch.where(batch["weights"] > 0, batch["labels"], -100)
+        logits = model(batch["tokens"], batch["positions"], {"is_causal": True})
+        return F.cross_entropy(logits.mT, labels)
+
+    def shared(model, batch):
+        losses, weights = each(model, batch, is_causal=True), batch["weights"]
+        return (losses * weights).sum() / weights.sum().clamp(min=1)
+
+    def picked(model, batch):
+        return each(model, batch, is_causal=True)[batch["weights"] > 0].mean()
+
     short = [{k: x[:, :6] for k, x in b.items() if k != "seen"} for b in batches()]
     return {
         "shifted": said(shifted),
@@ -422,6 +439,12 @@ def refusals(env):
         "unattended": said(lambda m, b: m.head(m.words(b["tokens"])).mean()),
         "length": said(causal, data=short),
         "named": said(causal, tensors=("tokens", "text")),
+        "ignoring": said(ignoring),
+        "shared": said(shared),
+        "picked": said(picked),
+        "measured": said(shared, measured=True),
+        "in a mean": said(lambda m, b: ax.Mean(picked(m, b), 1.0)),
+        "in aux": said(lambda m, b: (bare(m, b), (b["weights"].sum() / 2).sqrt())),
     }
 
 
@@ -437,6 +460,12 @@ def test_what_would_be_wrong_is_refused_with_what_to_write():
         "unattended": "LossError.*Net did not call.*allow=Net",
         "length": "DataError.*4 equal chunks over 2 ranks, got a length of 6; pad to 8",
         "named": r"DataError.*no 'text' in \[0\]\['tokens'\]",
+        "ignoring": "LossError.*cross_entropy leaves out the labels -100; write",
+        "shared": "LossError.*divides by a sum over 4 tokens of each row; write",
+        "picked": "LossError.*chooses among 4 tokens of each row; write ax.Mean",
+        "measured": "LossError.*divides by a sum over 4 tokens of each row",
+        "in a mean": "nothing",
+        "in aux": "nothing",
     }
     for name, pattern in words.items():
         assert re.search(pattern, found[0][name], re.DOTALL), found[0][name]

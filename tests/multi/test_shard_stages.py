@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from functools import cache
 
+import attrs
 import pytest
 import torch
 import torch.distributed.pipelining  # ranks are forked: once here, not once in each
@@ -15,6 +16,7 @@ import accelx as ax
 from accelx import testing
 from accelx.engines import stage_step
 from accelx.engines.stage_pipe import SCHEDULES
+from accelx.records import Axis
 from tests.laws import training as t
 
 traced = "ignore:The .grad attribute of:UserWarning"  # torch says it while it traces
@@ -22,6 +24,7 @@ pytestmark = [pytest.mark.multi, t.quiet_views, pytest.mark.filterwarnings(trace
 ROWS = (5, 1, 8, 4)  # fewer than microbatches, and not divided by them
 FOUR = ["layers.1", "layers.2", "layers.3"]
 SINGLE = ("gpipe", "1f1b")
+ROW = torch.ones(8, 3)
 
 
 def split_of(schedule):
@@ -126,8 +129,7 @@ def messages(env, kind="ddp", **options):
     """What a step sends: of the plainest model, and of one with a tie and a norm."""
     cut = ax.shard_stages(env, "layers.2", 2)
     tx = ax.chain(cut, ax.shard_model(env, kind, **options))
-    rows = [torch.ones(8, 3)]
-    bare = sent(env, tx, tiny(), lambda m, batch: square(m, batch[0]), rows)
+    bare = sent(env, tx, tiny(), lambda m, batch: square(m, batch[0]), [ROW])
     tied = ax.chain(tx, ax.clip(1.0))
     return bare, sent(env, tied, t.made()(), t.bare, t.batches((8,))[0])
 
@@ -273,22 +275,22 @@ def test_what_a_loss_returns_beside_is_on_all_stages():
         assert torch.allclose(rows, wanted["rows"].detach(), atol=1e-12, rtol=0)
 
 
-def test_a_step_sends_what_a_schedule_does_and_one_sum_more():
-    """It has all that stages agree on; a tie and a norm are a sum each."""
-    each = {"send": 2, "recv_": 2}  # of two microbatches
+def test_a_step_sends_what_a_schedule_does_and_one_message_to_and_fro():
+    """With all that stages agree on; only a tie and a norm are a sum each."""
+    each = {"send": 2 + 1, "recv_": 2 + 1}  # of two microbatches
     for rank in on_two():
         bare, tied = rank["sent"]
-        assert bare == {**each, "allreduce_": 1}
+        assert bare == each
         # of the ties of Net one is over stages
-        assert tied == {**each, "allreduce_": 3}
+        assert tied == {**each, "allreduce_": 2}
 
 
 def test_copies_of_stages_add_gradients_and_losses_alone():
-    """Two sums more; a third only where copies may use other weights (the control)."""
+    """Two sums; a third only where copies may use other weights (the control)."""
     for rank in on_four():
         strict, allowing = rank["sent"]
-        assert strict["allreduce_"] == 3
-        assert allowing["allreduce_"] == 4
+        assert strict["allreduce_"] == 2
+        assert allowing["allreduce_"] == 3
 
 
 def test_a_tied_weight_that_one_stage_uses_moves_on_both():
@@ -350,7 +352,34 @@ def four(env):
     found["allowed"] = allowed(env)
     found["sent"] = messages(env)[0], messages(env, unused="allow")[0]
     found["no use"] = [unused(env, kind, Tiny()) for kind in ("ddp", "fsdp2")]
-    return found
+    return found | {"row": in_a_row(attrs.evolve(env, axes=(Axis("stage", 4),)))}
+
+
+def in_a_row(env):
+    """Of four stages the gap, what a step sends, and what is said of a failure."""
+    bare = ax.chain(ax.shard_stages(env, FOUR, 4), ax.shard_model(env))
+    far = gap(env, ax.chain(bare, ax.clip(t.LIMIT), ax.with_schedule(t.curve)), t.bare)
+    counts = sent(env, bare, tiny(), lambda m, rows: square(m, rows[0]), [ROW])
+    return far[0], counts, failed(env, bare)
+
+
+def failed(env, tx):
+    """What each rank says of a failure in the third stage, and whether it updated."""
+
+    def broken(*_):
+        if torch.is_grad_enabled():  # not where shapes are learnt
+            raise ZeroDivisionError("of stage 2")
+
+    model = tiny()
+    model.layers[2].register_forward_hook(broken)
+    state = ax.init(tx, model, sgd)
+    before = [p.detach().clone() for p in model.parameters()]
+    try:
+        ax.step(tx, square)(state, ROW)
+    except (ax.CollectiveError, ZeroDivisionError) as error:
+        same = all(map(torch.equal, before, model.parameters()))
+        return f"{type(error).__name__}: {error}", same
+    return "nothing was raised", False
 
 
 def fed(env, tx):
@@ -390,6 +419,18 @@ def test_stages_over_data_make_the_run_of_one(case):
     """Copies and slices of stages, ranks with few rows and with none."""
     found = [rank[case] for rank in on_four()]
     assert max(found) < 1e-10, found
+
+
+def test_four_stages_in_a_row_make_the_run_of_one_and_send_one_message_to_and_fro():
+    """Those in the middle two; of a failure there all hear before an update."""
+    for number, rank in enumerate(on_four()):
+        far, counts, (text, same) = rank["row"]
+        assert far < 1e-10
+        beside = 1 if number in (0, 3) else 2
+        assert counts == {"send": beside * (4 + 1), "recv_": beside * (4 + 1)}
+        kind = "ZeroDivisionError" if number == 2 else "CollectiveError.*rank 2"
+        assert re.search(f"{kind}.*of stage 2", text), text
+        assert same
 
 
 def test_a_loader_feeds_stages_the_rows_of_one_process():

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import accelx as ax
+from accelx.engines import tensor_plans
 from accelx.env_part import rows_env
 from accelx.testing import run
 from tests.laws import training as t
@@ -183,6 +184,8 @@ MODELS = {  # name: (class, config)
     ),
     "qwen3": (transformers.Qwen3ForCausalLM, transformers.Qwen3Config, {}),
     "bert": (transformers.BertForMaskedLM, transformers.BertConfig, {}),
+    # norms over all heads: columns that are joined, and rows whose inputs are whole
+    "olmo2": (transformers.Olmo2ForCausalLM, transformers.Olmo2Config, {}),
 }
 SMALL = {
     "hidden_size": 16,
@@ -326,6 +329,50 @@ def kindly(env, plan, optim=t.grouped, **options):
         return str(error)
 
 
+class Lending(nn.Module):
+    """Gives the weights of a convolution to a kernel, as linear attention does."""
+
+    def __init__(self):
+        super().__init__()
+        self.near, self.out = nn.Conv1d(8, 8, 3, groups=8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = F.conv1d(x.mT, self.near.weight, self.near.bias, padding=1, groups=8)
+        return self.out(x.mT).square().mean()
+
+
+def lent(env):
+    """The gap to one process of a weight that another module uses."""
+
+    def make():
+        torch.manual_seed(0)
+        return Lending().double()
+
+    env, x = ax.connect(env, axes="tensor=2"), torch.linspace(-1, 1, 48).double()
+    cut = ax.shard_tensors(env, {"out": "column_gather"})
+    plan = ax.chain(ax.shard_model(env), cut)
+    weights: list[dict[str, torch.Tensor]] = []
+    for tx in (ax.identity, plan):
+        state = ax.init(tx, make, adam)
+        for _ in range(2):
+            state, _ = ax.step(tx, lambda m, x: m(x))(state, x.view(2, 3, 8))
+        weights.append({n: t.whole(p) for n, p in state.model.named_parameters()})
+    one, other = weights
+    return max(float((p - other[n]).abs().max()) for n, p in one.items())
+
+
+def smoothed(env):
+    """What is said of a loss that torch does not compute of cut logits."""
+
+    def loss(model, batch):
+        cut = model(batch[0]).mT
+        return F.cross_entropy(cut, batch[0], label_smoothing=0.1)
+
+    with pytest.raises(ax.LossError) as caught:
+        gap(env, CASES["alone-logits"], loss)
+    return str(caught.value)
+
+
 def factored(model):
     trained = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.Adafactor(trained)
@@ -381,6 +428,8 @@ def on_two(env, folder):
         "wrong": {name: kindly(env, plan) for name, (plan, _) in WRONG.items()},
         "hook": kindly(env, PLAN, hook="bf16"),
         "squares": gap(env, CASES["alone-logits"], squares),
+        "smoothed": smoothed(env),
+        "lent": lent(env),
         "factored": kindly(env, PLAN, factored),
     }
     with pytest.raises(ax.PlacementError, match="share the rows of a batch"):
@@ -396,7 +445,7 @@ def on_two(env, folder):
 @cache
 def two():
     folder = tempfile.mkdtemp()
-    return run(2, timeout=150)(on_two)(folder)
+    return run(2, timeout=240)(on_two)(folder)
 
 
 def test_two_ranks_share_layers():
@@ -444,6 +493,30 @@ def test_other_losses_of_cut_logits_are_those_of_whole_ones():
     """A mean over them has the gradient of all, and not of one rank's part."""
     for rank in two():
         assert rank["squares"] < 1e-10
+
+
+def test_a_weight_that_another_module_uses_is_plain():
+    """For a convolution, whose parent may call a kernel by itself."""
+    for rank in two():
+        assert rank["lent"] < 1e-10
+
+
+def test_an_activation_that_learns_is_partial_between_cuts():
+    """It sees the features that are here; of a model whose plan does not say so."""
+    config = transformers.ApertusConfig(**SMALL)
+    with torch.device("meta"):
+        model = transformers.ApertusForCausalLM(config)
+    found = tensor_plans.styles(model, "auto", 2)
+    assert found["model.layers.0.mlp.act_fn"] == "partial"
+    assert "model.layers.0.mlp.act_fn" not in tensor_plans.styles(
+        model, [("model.layers.*.mlp.up_proj", "column")], 2
+    )
+
+
+def test_a_loss_that_wants_whole_logits_is_refused():
+    """With the style to write."""
+    for rank in two():
+        assert 'got 0.1; write "column_gather"' in rank["smoothed"]
 
 
 def test_an_optimizer_that_writes_whole_weights_is_refused():

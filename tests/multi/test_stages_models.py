@@ -166,11 +166,10 @@ def halved(env, kind, precision):
     """Losses of a few steps in a precision."""
     names = {axis.name for axis in env.axes}
     rows = ax.along(env, "data") if "data" in names else ax.Env()
-    tx = ax.chain(
-        ax.shard_stages(env, "layers.1", 2),
-        ax.shard_model(env, kind, blocks=None if kind == "ddp" else "layers.*"),
-        ax.with_precision(precision),
-    )
+    stages, half = ax.shard_stages(env, "layers.1", 2), ax.with_precision(precision)
+    either = (stages, half) if kind == "ddp" else (half, stages)
+    blocks = None if kind == "ddp" else "layers.*"
+    tx = ax.chain(ax.shard_model(env, kind, blocks=blocks), *either)
     torch.manual_seed(0)
     state = ax.init(tx, Chain(), lambda m: torch.optim.AdamW(m.parameters(), 1e-2))
     step = ax.step(tx, lambda model, x: model(x).float().square().mean())

@@ -67,6 +67,18 @@ def test_a_file_is_read_and_prints_as_what_it_says(tmp_path):
     assert "{'zero_optimization': {'stage': 3}}" in repr(one)
 
 
+@pytest.mark.parametrize("text", [None, "{'stage': 2}", "[1]"])
+def test_a_file_that_holds_no_settings_is_named(tmp_path, text):
+    """A missing one, one that is no JSON, and one of something else."""
+    path = tmp_path / "ds.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ax.PlacementError, match=r"ds\.json.*write config="):
+        ax.shard_model(ENV, "deepspeed", config=path)
+    with pytest.raises(ax.PlacementError, match=r"got \[1\]; write config="):
+        ax.shard_model(ENV, "deepspeed", config=[1])
+
+
 def test_what_both_say_alike_is_no_clash():
     """The chain's clip and microbatches may stand in the configuration, too."""
     mine = {"gradient_clipping": 0.5, "gradient_accumulation_steps": 4}
@@ -120,6 +132,9 @@ CLASHES = [  # chain, options, what the error says: both sources
     (ax.identity, zero(offload_optimizer={"device": "nvme"}), "device cpu.*nvme"),
     (ax.identity, zero(offload_optimizer="cpu"), "to be a dict, got 'cpu'"),
     (ax.identity, {"stage": 0, "offload": True}, "slices to offload.*stage=2"),
+    (ax.identity, zero(offload_param={"device": "cpu"}), "got stage=2.*write stage=3"),
+    (ax.identity, zero(cpu_offload=True), r"cpu_offload=True.*shard_model\(offload"),
+    (ax.identity, zero(zenflow={}), "zenflow.*not taken"),
     (ax.identity, {"config": {"zero_optimization": 3}}, "to be a dict, got 3"),
     (ax.identity, {"stage": 4}, "0, 1, 2 or 3, got 4; write"),
 ]
@@ -130,6 +145,19 @@ def test_a_clash_names_both_sources(tx, options, words):
     """Before a model is made."""
     with pytest.raises(ax.PlacementError, match=words):
         told(tx, **options)
+
+
+def test_a_whole_file_hears_all_that_is_wrong_at_once():
+    """What is switched off is none of it."""
+    off = {"wall_clock_breakdown": False, "fp16": {"enabled": False}}
+    wrong = {"train_batch_size": 8, "scheduler": {"type": "X"}, "steps_per_print": 9}
+    with pytest.raises(ax.PlacementError) as caught:
+        told(config={**off, **wrong, "gradient_clipping": 1.0})
+    said = str(caught.value).splitlines()
+    assert said[0].startswith("4 settings")
+    assert all(f"{key}=" in text for key, text in zip(wrong, said[1:-1], strict=True))
+    assert "gradient_clipping=1.0" in said[-1]
+    told(config=off)
 
 
 REFUSED = [

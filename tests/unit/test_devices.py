@@ -8,7 +8,7 @@ import torch
 
 import accelx as ax
 from accelx import _xla, rng_device
-from accelx.env_device import Hardware, kind_of, probe, set_device
+from accelx.env_device import Hardware, has_float64, kind_of, probe, set_device
 from accelx.errors import MissingExtraError, PlacementError
 from accelx.records import Env
 
@@ -65,6 +65,22 @@ def test_what_a_kind_can_do(device, wanted):
     """One table; nothing else asks for a device by its name."""
     kind = kind_of(device)
     assert (kind.float64, kind.pinned, not kind.shared) == wanted
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_an_xpu_is_asked_whether_it_has_float64(monkeypatch, able):
+    """Of Intel's GPUs some do; no other device is asked."""
+    asked = []
+
+    def properties(device):
+        asked.append(device)
+        return SimpleNamespace(has_fp64=able)
+
+    monkeypatch.setattr(torch.xpu, "get_device_properties", properties)
+    assert has_float64(f"xpu:{90 + able}") == able
+    assert has_float64("cpu")
+    assert not has_float64("mps")
+    assert asked == [f"xpu:{90 + able}"]
 
 
 def generator(takes_device):

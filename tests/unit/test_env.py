@@ -8,8 +8,10 @@ import pickle
 
 import attrs
 import pytest
+import torch
 from hypothesis import given, strategies as st
 
+from accelx import env_device
 from accelx.env import connect, detect
 from accelx.env_axes import lay_out
 from accelx.env_device import Hardware, choose_backend, choose_device
@@ -442,6 +444,35 @@ def test_more_local_ranks_than_devices_are_refused():
     """The rank that finds no device says how many there are and what to write."""
     with pytest.raises(PlacementError, match=r"there are 1; .* connect\(device="):
         choose_device(Hardware("cuda", 1), TWO)
+
+
+NAMED = {  # the machine, how many ranks, the device, what it is or why it is not
+    "its local rank's": (Hardware("cuda", 2), TWO, "cuda", "cuda:1"),
+    "this one": (Hardware("cuda", 2), TWO, "cuda:0", "cuda:0"),
+    "mps": (Hardware("mps", 1), ONE, "mps", "mps"),
+    "cpu": (Hardware("cuda", 2), TWO, "cpu", "cpu"),
+    "mps of two": (Hardware("mps", 1), TWO, "mps", "without collectives.*2 ranks"),
+    "too many": (Hardware("xpu", 1), TWO, "xpu", "there are 1; start"),
+    "beyond": (Hardware("cuda", 2), ONE, "cuda:2", "one of the 2 devices"),
+    "another": (Hardware("xpu", 2), ONE, "cuda", r"has 2 of xpu; .*device=\"xpu\""),
+    "not here": (Hardware(), ONE, "mps", r"none but the CPU; .*device=\"cpu\""),
+    "no kind": (Hardware("cuda", 1), ONE, "gpu", "has 1 of cuda"),
+    "no number": (Hardware("cuda", 1), ONE, "cuda:a", "has 1 of cuda"),
+    "no text": (Hardware(), ONE, 0, r"got 0; write device=\"cpu\""),
+    "torch's": (Hardware(), ONE, torch.device("cuda:1"), 'write device="cuda:1"'),
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_a_device_that_is_named_is_here_or_refused(monkeypatch, case):
+    """Before torch says less of it; without an index it is the local rank's."""
+    machine, env, device, wanted = NAMED[case]
+    monkeypatch.setattr(env_device, "probe", lambda: machine)
+    if wanted in ("cuda:1", "cuda:0", "mps", "cpu"):
+        assert env_device.named_device(device, env) == wanted
+    else:
+        with pytest.raises((PlacementError, TypeError), match=wanted):
+            connect(env, device=device)
 
 
 def test_several_ranks_on_xla_are_refused():

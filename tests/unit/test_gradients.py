@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,7 +69,9 @@ def test_means_add_and_divide_once():
     assert ax.Mean(0.0, 0).value != ax.Mean(0.0, 0).value
 
 
-@pytest.mark.parametrize("weight", [torch.tensor(2), torch.tensor(2.0), 2, 2.0])
+@pytest.mark.parametrize(
+    "weight", [torch.tensor(2), torch.tensor([2.0]), 2, 2.0, np.float32(2)]
+)
 def test_a_weight_may_be_a_number_or_any_tensor(weight):
     """Integers and floats alike, for the same gradient."""
     tx = ax.identity
@@ -142,6 +145,17 @@ def test_the_short_way_of_one_rank_is_the_long_one_to_the_bit(kind, marked):
     assert outs == others
     control, _ = ran(long, lambda m, b: 2 * squares("mean")(m, b), marked=marked)
     assert not torch.equal(weight, control)
+
+
+@pytest.mark.parametrize("passes", [[], [ax.transform("look", backward=lambda g: g)]])
+def test_a_loss_that_is_complex_is_refused_in_a_step(passes):
+    """Its gradient is that of two numbers; the short way and the long one."""
+    tx = ax.chain(ax.shard_model(ENV), *passes)
+    state = ax.init(
+        tx, torch.nn.Linear(3, 2), lambda m: torch.optim.SGD(m.parameters())
+    )
+    with pytest.raises(ax.LossError, match=r"got torch\.complex64; write loss\.real"):
+        ax.step(tx, lambda m, b: m(b).mean() * 1j)(state, torch.ones(4, 3))
 
 
 def test_a_loss_may_return_one_thing_after_another():

@@ -60,6 +60,28 @@ def test_a_step_takes_any_arguments():
     assert float(out.loss) == pytest.approx(6 * first.loss, abs=1e-12)
 
 
+@pytest.mark.parametrize("mine", [ax.identity, ax.with_precision("bf16")])
+def test_an_autocast_around_several_steps_sees_each_update(mine):
+    """torch casts a weight once inside of it: by hand it would go on with the first."""
+    x = torch.randn(8, 4)
+
+    def losses(tx, around):
+        torch.manual_seed(0)
+        make = lambda: torch.nn.Linear(4, 2)  # noqa: E731
+        state = ax.init(tx, make, lambda m: torch.optim.SGD(m.parameters(), 0.1))
+        step, found = ax.step(tx, lambda m, x: m(x).float().square().mean()), []
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            for _ in range(3):
+                state, out = step(state, x)
+                found.append(float(out.loss))
+        return found
+
+    wanted = losses(ax.with_precision("bf16"), False)
+    assert len(set(wanted)) == 3
+    assert losses(mine, True) == wanted
+    assert losses(ax.identity, False) != wanted  # the control
+
+
 def test_one_step_function_serves_several_states():
     """A pipeline has no memory of its own."""
     step = ax.step(TX, t.bare)

@@ -22,7 +22,9 @@ from tests.unit.source import (
 SEAMS = {
     "_torch.py",
     "_torch_attention.py",
+    "_torch_backward.py",
     "_torch_elastic.py",
+    "_torch_remat.py",
     "_torch_simulate.py",
     "_torch_stages.py",
     "_xla.py",

@@ -79,6 +79,14 @@ def test_fsdp2_refuses_two_axes(env, wanted):
         laid_out(env, "fsdp2")
 
 
+def test_hsdp_names_the_axes_that_stay():
+    """Stages are beside copies and slices, and not in place of them."""
+    env = attrs.evolve(FLAT, axes=(ax.Axis("data", 2), ax.Axis("stage", 2)))
+    wanted = r'4 ranks are \(data=2, stage=2\).*axes="replicate=2,shard=-1,stage=2"'
+    with pytest.raises(ax.PlacementError, match=wanted):
+        ax.shard_model(env, "hsdp")
+
+
 XLA = ax.Env(device="xla")
 MISFITS = [
     (FLAT, "xla", r"one process.*4 ranks; start one, without torchrun"),

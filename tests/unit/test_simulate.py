@@ -182,22 +182,14 @@ def unplaced(env):
     return ax.identity
 
 
-def staged(env):
-    return ax.chain(ax.shard_stages(env, "1", 2), ax.shard_model(env))
-
-
-def mixed(env):
-    return ax.chain(ax.shard_experts(env), ax.shard_model(env))
-
-
 def apart(env):
     return ax.chain(ax.shard_model(env), ax.with_local_sgd(env, 2))
 
 
 REFUSED = {  # words of the error: (chain, axes)
     "got no shard_model": (unplaced, None),
-    "got shard_stages": (staged, "stage=8"),
-    "got shard_experts": (mixed, "data=4,expert=2"),
+    "got 'deepspeed'": (chains("deepspeed", stage=3), None),
+    "XLA wants one process": (chains("xla"), None),
     "got with_local_sgd": (apart, None),
     "got hook='powersgd'": (chains("ddp", hook="powersgd"), None),
     "got ranks that share rows": (chains("ddp"), "data=4,sequence=2"),
@@ -210,7 +202,14 @@ def refused(env):
             simulate(
                 *(chained, made, adam, loss, torch.zeros(1, WIDTH)), world=8, axes=axes
             )
+    rows = torch.zeros(1, WIDTH)
+    with pytest.raises(ax.PlacementError, match="asks for a number"):
+        simulate(chains("fsdp2"), made, adam, looking, rows, world=8)
     return torch.distributed.is_initialized()
+
+
+def looking(model, x):
+    return loss(model, x) * float(x.sum())
 
 
 def test_what_nothing_would_answer_is_refused():

@@ -145,6 +145,27 @@ def test_many_blocks_of_other_shapes_are_all_compiled():
     assert same(weights, train(ax.identity, (4, 4), lambda: made(inners))[1])
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+def test_many_blocks_with_hooks_inside_are_all_compiled(hooked):
+    """As shard_tensors puts them there: torch's code is of one module's hooks alone."""
+
+    def make():
+        model = made((WIDTH,) * 10)
+        for layer in model.layers if hooked else ():
+            layer.up.register_forward_hook(lambda module, args, out: out * 0.5)
+        return model
+
+    ran = []
+
+    def judge(graph, inputs):
+        return lambda *args: ran.append(1) or graph.forward(*args)
+
+    state, weights, _ = train(compile("layers.*", backend=judge), (4, 4), make)
+    assert len(ran) == 2 * 10
+    assert state.slots["compile"].compilations == (10 if hooked else 1)
+    assert same(weights, train(ax.identity, (4, 4), make)[1])
+
+
 def test_a_graph_that_breaks_counts_once():
     """A block that prints is run in pieces, with the same numbers."""
 

@@ -199,7 +199,10 @@ def test_a_cast_of_the_model_leaves_packed_weights():
 
 
 def test_a_module_that_reads_weights_itself_fails_aloud():
-    """torch's encoder layer has a fast path in C++ that takes floats; one other."""
+    """What casts to their dtype; the encoder layer's fast path, which takes floats."""
+    model = ax.quantize("nf4")(net())
+    with pytest.raises(ax.PlacementError, match=r"got torch.int8: .*by blocks"):
+        model[0].base(ROWS.to(model[0].base.weight.dtype))
     layer = nn.TransformerEncoderLayer(64, 4, 64, 0.0, batch_first=True)
     layer.requires_grad_(False).eval()
     want, x = copy.deepcopy(layer), torch.randn(2, 3, 64)

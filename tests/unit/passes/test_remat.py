@@ -236,6 +236,23 @@ def test_products_are_computed_again_or_kept(policy, again):
     assert flops(remat("layers.*", policy)(model)) - plain == again * DEPTH * once
 
 
+class Written(nn.Linear):
+    """Adds to its product in place, as nn.LSTM does in float64; uses what comes."""
+
+    def forward(self, x):
+        return super().forward(x).add_(1).square()
+
+
+def test_a_kept_result_that_is_written_to_says_so():
+    """It is lost to the second pass; "full" is right there."""
+    some, all_of = (nn.Sequential(Written(WIDTH, WIDTH)) for _ in range(2))
+    x = torch.randn(3, WIDTH)
+    with pytest.raises(RuntimeError, match="has been mutated") as caught:
+        remat("0", "selective")(some)(x).square().sum().backward()
+    assert 'write remat(blocks, "full")' in caught.value.__notes__[0]
+    remat("0")(all_of)(x).square().sum().backward()
+
+
 def known(model):
     """All that a user may know a model by."""
     return {

@@ -162,6 +162,7 @@ def test_one_process_is_left_as_it_is():
 
 X = torch.zeros(2, HERE, 5)
 IDS = torch.zeros(2, HERE, dtype=torch.long)
+HEADS = torch.zeros(2, 3, HERE, 4)
 TABLE = nn.Parameter(torch.zeros(20, 5))
 WRONG = {
     "shifted": lambda: X[:, 1:],
@@ -184,6 +185,19 @@ WRONG = {
     "triangle": lambda: torch.ones(1, 1, 20, 20)[:, :, :HERE, :HERE],
     "by hand": lambda: F.softmax(torch.zeros(2, 3, HERE, HERE), -1),
     "convolution": lambda: F.conv1d(X.mT, torch.zeros(5, 5, 1)),
+    "by hand, without a softmax": lambda: HEADS.mT @ HEADS,
+    "softmax over tokens": lambda: X.softmax(1),
+    "tokens of heads": lambda: HEADS[:, :, :-1],
+    "heads padded at the front": lambda: F.pad(HEADS, (0, 0, 1, -1)),
+    "padded at the front": lambda: F.pad(X, (0, 0, 1, -1)),
+    "narrowed": lambda: IDS.narrow(1, 0, HERE - 1),
+    "spread of tokens": lambda: X.std(dim=1),
+    "soft maximum": lambda: torch.logsumexp(X, 1),
+    "length of tokens": lambda: X.norm(dim=1),
+    "divided by it": lambda: F.normalize(X),
+    "largest tokens": lambda: X.topk(2, 1),
+    "differences": lambda: torch.diff(X, dim=1),
+    "sum of letters": lambda: torch.einsum("btf->bf", X),
     "other lengths": lambda: F.scaled_dot_product_attention(*[X[:, None, 0:, :3]] * 3),
 }
 RIGHT = {
@@ -197,6 +211,11 @@ RIGHT = {
     "means of features": lambda: (X.mean(-1), X.sum(), X.mean((0, 2))),
     "other ranges": lambda: (torch.arange(7), torch.arange(1, HERE)),
     "softmax of words": lambda: F.softmax(X, -1),
+    "features of heads": lambda: (HEADS[..., :2], HEADS[:, :1], HEADS @ HEADS.mT[:1]),
+    "features padded": lambda: (F.pad(X, (0, 1)), X.narrow(2, 0, 3)),
+    "numbers of features": lambda: (X.norm(dim=-1), F.normalize(X, dim=-1), X.topk(1)),
+    "letters that stay": lambda: torch.einsum("btf,fg->btg", X, torch.zeros(5, 3)),
+    "narrowed to all": lambda: IDS.narrow(1, 0, HERE),
 }
 
 

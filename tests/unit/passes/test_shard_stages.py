@@ -5,11 +5,14 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import accelx as ax
 from accelx.cut import rows_in
 from accelx.engines.stage_homes import balanced, holders, homes, owner, weights_in
 from accelx.engines.stage_parts import legal, microbatches
+from accelx.engines.stage_route import ran, sketched
+from accelx.engines.stage_shapes import costed
 from accelx.rows import Rows, mark, rows_of, stamp
 from accelx.saves.spread import Absent, ours
 from tests.laws import training as t
@@ -111,6 +114,37 @@ def test_balanced_wants_a_list_of_blocks():
         balanced(model, 3, weights_in(model))
 
 
+def test_experts_cost_what_they_do_though_a_shape_chooses_none():
+    """As torch counts the operations of each block where numbers choose."""
+    tf = pytest.importorskip("transformers")
+    size = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 9}
+    model = tf.MixtralForCausalLM(tf.MixtralConfig(**size, **heads))
+    given, starts = {"input_ids": torch.ones(2, 5).long()}, ["model.layers.1"]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.model.config._experts_implementation = "eager"
+        model(**given)
+    counts = counter.get_flop_counts()
+    wanted = sum(counts["MixtralForCausalLM.model.layers.1"].values())
+    model.model.config._experts_implementation = "grouped_mm"
+    sketch = sketched(model, homes(model, starts), "cpu")
+    costed(sketch.model)
+    assert ran(sketch, lambda m: m(**given))["model.layers.1"] == wanted > 0
+
+
+def test_what_asks_for_numbers_has_no_cost_by_shapes():
+    """And is told to be cut by names."""
+
+    class Asks(nn.Linear):
+        def forward(self, x):
+            return super().forward(x[x.sum(-1) > 0])
+
+    model = nn.Sequential(nn.Linear(2, 2), Asks(2, 2))
+    sketch = sketched(model, homes(model, ["1"]), "cpu")
+    with pytest.raises(ax.PlacementError, match=r"runs the model's forward on shapes"):
+        ran(sketch, lambda m: m(torch.ones(3, 2)))
+
+
 def test_stages_lie_in_turn_or_to_and_fro():
     """zbv has the first and the last stage on one rank."""
     assert [owner(s, 2, "interleaved") for s in range(4)] == [0, 1, 0, 1]
@@ -173,6 +207,8 @@ def test_batches_without_rows_and_with_others_are_refused():
         microbatches((torch.tensor(1.0),), 2, Rows(1, 1), lambda groups: groups)
     with pytest.raises(ax.DataError, match="has 5 rows here, but its tensors have 4"):
         microbatches((torch.zeros(4),), 2, Rows(5, 5), lambda groups: groups)
+    with pytest.raises(ax.DataError, match="got tensors of 0 rows"):
+        microbatches((torch.zeros(0, 4),), 2, Rows(0, 5), lambda groups: groups)
 
 
 @pytest.mark.parametrize(

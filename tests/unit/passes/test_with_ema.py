@@ -1,6 +1,7 @@
 """The average of with_ema is torch's own, and it changes nothing of the run."""
 
 import copy
+from contextlib import nullcontext
 
 import attrs
 import pytest
@@ -177,6 +178,27 @@ def test_inside_averaged_the_model_has_the_averages():
     assert float(found.value) != float(ax.measure(tx, t.masked)(state, DATA[2]).value)
 
 
+def test_an_autocast_around_sees_the_averages_too():
+    """torch casts a weight once inside of it; measured before, within and after."""
+    tx, x = with_ema(0.5), torch.randn(8, 4)
+    loss = lambda m, x: m(x).float().square().mean()  # noqa: E731
+    sgd = lambda m: torch.optim.SGD(m.parameters(), 0.1)  # noqa: E731
+    state, step = ax.init(tx, nn.Linear(4, 2), sgd), ax.step(tx, loss)
+    for _ in range(3):
+        state, _ = step(state, x)
+
+    def found(around):
+        values = []
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            for lend in (nullcontext, averaged, nullcontext):
+                with lend(state), torch.autocast("cpu", torch.bfloat16):
+                    values.append(loss(state.model, x).item())
+        return values
+
+    assert found(True) == found(False)
+    assert found(True)[0] != found(True)[1]
+
+
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
 def test_at_the_end_the_weights_are_what_they_were(error):
     """To the bit, also when the body raises, and the run goes on as if unlooked at."""
@@ -256,6 +278,11 @@ def test_control_without_its_slot_a_resumed_run_has_another(tmp_path):
     load = ax.load_state(ENV, str(tmp_path), only=only)
     state = run(tx, load, data=DATA[3:], make=t.made(seed=9))
     assert gap(averages(run(tx)), averages(state)) > 1e-5
+    with pytest.raises(ax.CheckpointError, match="not in this chain; put it in, or"):
+        run(ax.load_state(ENV, str(tmp_path)))
+    rest = lambda name, _: not name.startswith("slots.with_ema")  # noqa: E731
+    plain = run(ax.load_state(ENV, str(tmp_path), only=rest), data=DATA[3:])
+    assert gap(dict(plain.trained), dict(run().trained)) == 0
     first = run(tx, data=DATA[:4])
     once = run(tx, load, data=DATA[3:4], make=t.made(seed=9))
     assert t.same(averages(once), dict(first.trained))
