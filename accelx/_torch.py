@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import socket
 import sys
 from collections.abc import Iterable
@@ -48,42 +47,6 @@ def clamp_(tensors: list[Tensor], limit: float) -> None:
     torch._foreach_clamp_max_(tensors, limit)
 
 
-def ddp(model: nn.Module, find_unused: bool, left: set[str], **options: Any) -> Any:
-    """A DistributedDataParallel over `model` that leaves buffers alone in forward.
-
-    It does not touch the weights and buffers called `left`. `options` are its own.
-    """
-    from torch.nn.parallel import DistributedDataParallel
-
-    known = inspect.signature(DistributedDataParallel.__init__).parameters
-    # 2.13 renamed the option; before, it also left buffers alone when they are to start
-    # alike, so it is set afterwards
-    new = "forward_sync_buffers" in known
-    buffers = {"forward_sync_buffers": False} if new else {}
-    told, held = "_ddp_params_and_buffers_to_ignore", vars(model)
-    own: Any = held.get(told)
-    held[told] = {*(own or ()), *left}  # the one way to say it
-    try:
-        made = DistributedDataParallel(
-            model,
-            find_unused_parameters=find_unused,
-            gradient_as_bucket_view=True,
-            **buffers,  # type: ignore[reportArgumentType]
-            **options,
-        )
-        if not new:
-            made.broadcast_buffers = False
-        return made
-    finally:
-        del held[told]
-        held |= {} if own is None else {told: own}
-
-
-def ddp_before(ddp: Any, args: Any, kwargs: Any) -> Any:
-    """What a DistributedDataParallel does ahead of its module's forward."""
-    return ddp._pre_forward(*args, **kwargs)
-
-
 def in_backward() -> bool:
     """Whether a backward pass is under way in this thread."""
     return torch._C._current_graph_task_id() != -1
@@ -92,11 +55,6 @@ def in_backward() -> bool:
 def version_of(tensor: Tensor) -> int:
     """How often something was written into a tensor."""
     return tensor._version
-
-
-def ddp_finished(ddp: Any) -> None:
-    """Raise, as the next forward would, if a bucket of gradients is not reduced."""
-    ddp.reducer._rebuild_buckets()
 
 
 def written(func: Any, args: Any, kwargs: Any) -> list[Any]:
@@ -108,11 +66,6 @@ def written(func: Any, args: Any, kwargs: Any) -> list[Any]:
             value = args[i] if i < len(args) else kwargs.get(argument.name)
             found += value if isinstance(value, list | tuple) else [value]
     return [t for t in found if isinstance(t, Tensor)]
-
-
-def ddp_behind(ddp: Any, output: Any) -> Any:
-    """What a DistributedDataParallel does after its module's forward."""
-    return ddp._post_forward(output)
 
 
 def copies_mesh(mesh: Any) -> Any:

@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from accelx import _torch, dtypes, tree
+from accelx import _torch, _torch_ddp, dtypes, tree
 from accelx.engines import copies, hooks, methods, placed, plain
 from accelx.engines.options import Options
 from accelx.engines.placed import Placed, Plan
@@ -47,7 +47,7 @@ class _Carrying(nn.Module):
 
     def __init__(self, model: nn.Module, leaf: nn.Parameter) -> None:
         super().__init__()
-        self.model, self.leaf = model, leaf
+        self.model, self.beside = model, nn.ParameterList([leaf])  # the last one
 
 
 def _leaf(result: Placed, plan: Plan) -> nn.Parameter | None:
@@ -118,7 +118,7 @@ def hooked(result: Placed, blank: Any, plan: Plan) -> Placed:
     for _, tensor in odd:
         copies.from_main(tensor, result.env.device)
     left = {name for name, _ in odd}
-    ddp = _torch.ddp(whole, left=left, **_options(options, result.unused))
+    ddp = _torch_ddp.ddp(whole, left=left, **_options(options, result.unused))
     hooks.attach(ddp, options.hook)
     seen = Seen(ddp, leaf)
 
@@ -154,7 +154,7 @@ def _around(
             return args, kwargs
         seen.called, seen.inside = True, "forward" if names else ""
         seen.ready = torch.is_grad_enabled()
-        return _naming(result, _torch.ddp_before, ddp, args, kwargs)
+        return _naming(result, _torch_ddp.before, ddp, args, kwargs)
 
     def behind(module: nn.Module, args: Any, output: Any) -> Any:
         if module is not model or (names and seen.inside != "forward"):
@@ -163,7 +163,7 @@ def _around(
             return output
         if result.unused == "allow":
             output = _off_leaves(output)
-        return _naming(result, _torch.ddp_behind, ddp, output)
+        return _naming(result, _torch_ddp.behind, ddp, output)
 
     model.register_forward_pre_hook(before, with_kwargs=True)
     model.register_forward_hook(behind)
@@ -181,11 +181,11 @@ def _around(
         seen.called, seen.inside = True, "method"
         seen.ready = torch.is_grad_enabled()
         try:
-            args, kwargs = _naming(result, _torch.ddp_before, ddp, args, kwargs)
+            args, kwargs = _naming(result, _torch_ddp.before, ddp, args, kwargs)
             output = method(*args, **kwargs)
         finally:
             seen.inside = ""
-        return _naming(result, _torch.ddp_behind, ddp, output)
+        return _naming(result, _torch_ddp.behind, ddp, output)
 
     model.register_forward_hook(leave, always_call=True)  # also where forward raised
     methods.wrap(model, names, around)
@@ -243,9 +243,9 @@ def _naming(result: Placed, half: Any, *args: Any) -> Any:
         found = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
         if found is None:
             raise
-        first = int(result.handle.leaf is not None)  # the leaf is counted as 0
+        first = int(result.handle.leaf is not None)  # counted first, the others back
         indices = [int(i) - first for i in found[1].split()]
-        names = [result.trainable[i][0] for i in indices if i >= 0]
+        names = [result.trainable[-1 - i][0] for i in indices if i >= 0][::-1]
         if not names:  # the loss that was carried is missing: no step of ours
             raise PlacementError(
                 "a backward pass outside ax.step reached this model, which ddp then "
@@ -285,7 +285,7 @@ def settle(state: State, scale: Tensor | float) -> None:
     placed.all_used(state)
     here.handle.synced = True
     if here.unused == "error":
-        _naming(here, _torch.ddp_finished, here.handle.ddp)
+        _naming(here, _torch_ddp.finished, here.handle.ddp)
     placed.average(here.drifting, here.env)
     plain.settle(state, scale)
 

@@ -199,10 +199,11 @@ def stops(env, kind, name, folder):
 
 
 PLACES = [(1, "ddp"), (2, "ddp"), (2, "fsdp2")]
+# a sum over three ranks has an order, which torch's ddp changed after a first step
+WHERE = [(*place, name) for place in PLACES for name in ("noisy", "fp16")]
 
 
-@pytest.mark.parametrize("name", ["noisy", "fp16"])
-@pytest.mark.parametrize(("world", "kind"), PLACES)
+@pytest.mark.parametrize(("world", "kind", "name"), [*WHERE, (3, "ddp", "noisy")])
 def test_a_resumed_run_is_the_same_to_the_bit(world, kind, name, tmp_path):
     """Stopped at any batch of two epochs: losses, weights, optimizers, slots, rates."""
     faults = testing.run(world, timeout=120)(stops)(kind, name, tmp_path)

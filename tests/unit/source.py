@@ -8,7 +8,7 @@ from pathlib import Path
 FLOORS = {
     0: "errors records tree match transform order state rows schedules"
     " permutation dtypes cut text",
-    1: "_torch _torch_attention _torch_backward _torch_elastic _torch_remat"
+    1: "_torch _torch_attention _torch_backward _torch_ddp _torch_elastic _torch_remat"
     " _torch_simulate _torch_stages _xla env loader accept fetch prefetch comm"
     " rng storage deferred data explain nonfinite cgroup",
     2: "engines saves",

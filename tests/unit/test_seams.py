@@ -23,6 +23,7 @@ SEAMS = {
     "_torch.py",
     "_torch_attention.py",
     "_torch_backward.py",
+    "_torch_ddp.py",
     "_torch_elastic.py",
     "_torch_remat.py",
     "_torch_simulate.py",
