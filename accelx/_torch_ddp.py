@@ -1,4 +1,4 @@
-"""torch's DistributedDataParallel in halves, its gradients laid out once and for all."""
+"""torch's DistributedDataParallel in halves, its gradients laid out once."""
 
 # Private names are what this file is for.
 # pyright: reportPrivateUsage=false
@@ -59,7 +59,7 @@ def _last_first() -> Any:
 
 
 def _lay_out(reducer: Any) -> None:
-    """Cut gradients into buckets now, as they will come: those of the last layers first.
+    """Cut gradients into buckets now, those of the last layers first, as they come.
 
     torch does it after the first step of a process (2.13), from one bucket to several.
     A sum over more than two ranks then rounds otherwise, so a run that goes on would

@@ -10,6 +10,8 @@ import attrs
 from accelx.errors import PlacementError
 
 if TYPE_CHECKING:
+    import torch
+
     from accelx.records import Env
 
 
@@ -44,6 +46,13 @@ def has_float64(device: str) -> bool:
     Starts the context of such a device.
     """
     return _asked(device) if device.startswith("xpu") else kind_of(device).float64
+
+
+def widest(device: str) -> torch.dtype:
+    """float64 where `device` computes in it, else float32: for sums over ranks."""
+    import torch
+
+    return torch.float64 if has_float64(device) else torch.float32
 
 
 @cache

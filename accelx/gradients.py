@@ -16,7 +16,7 @@ from accelx.engines.buffers import say_parted
 from accelx.engines.kept import as_at_init
 from accelx.engines.methods import say_sliced
 from accelx.engines.placed import UNPLACED
-from accelx.env_device import has_float64
+from accelx.env_device import widest
 from accelx.env_part import rows_env
 from accelx.errors import LossError, NeutralityWarning, PlacementError
 from accelx.fit_full import say_full
@@ -349,11 +349,10 @@ def _fields(finish: Callable[[], Out], rows: int) -> Late:
 
 def _packed(means: list[Mean], env: Env) -> Tensor:
     """Totals and weights side by side, in float64 where the device has it."""
-    wide = torch.float64 if has_float64(env.device) else torch.float32
     first = means[0].total
     device = first.device if isinstance(first, Tensor) else env.device
     values: list[Any] = [v for m in means for v in (m.total, m.weight)]
-    packed = torch.empty(len(values), dtype=wide, device=device)
+    packed = torch.empty(len(values), dtype=widest(env.device), device=device)
     for i, value in enumerate(values):  # a number needs no copy to the device
         known = isinstance(value, Tensor | int | float)
         packed[i] = value if known else torch.as_tensor(value)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from accelx import comm
-from accelx.env_device import has_float64
+from accelx.env_device import widest
 from accelx.equivalences import trace
 from accelx.equivalences.compare import Settings
 from accelx.equivalences.report import Layout
@@ -35,10 +35,6 @@ def wanted(what: str, fine: bool, got: object) -> None:
     """Raise AssertionError where something is not so."""
     if not fine:
         raise AssertionError(f"wanted {what}, got {got}")
-
-
-def _dtype(env: Env) -> torch.dtype:
-    return torch.float64 if has_float64(env.device) else torch.float32
 
 
 def collectives(env: Env) -> None:
@@ -85,7 +81,7 @@ def _build() -> tuple[Any, Any, Any, Any]:
 
 
 def _equal(env: Env, kind: str, micro: int) -> None:
-    dtype = _dtype(env)
+    dtype = widest(env.device)
     judged = trace.judge(Env(), _build, STEPS, dtype)
     tol = TOLERANCE[dtype]
     settings = Settings(STEPS, tol, dtype, None, None, 0.0)

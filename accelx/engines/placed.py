@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from accelx.comm_wire import group
 from accelx.engines import kept, methods, plain, suited, whole
 from accelx.engines.options import Options
-from accelx.env_device import has_float64
+from accelx.env_device import widest
 from accelx.errors import NeutralityWarning, PlacementError, UnusedParameterError
 from accelx.match import Selector, select
 from accelx.records import Engine, Env, Precision, Transform
@@ -205,7 +205,7 @@ def average(modules: tuple[nn.Module, ...], env: Env) -> None:
         return
     import torch.distributed as dist
 
-    wide = torch.float64 if has_float64(env.device) else torch.float32
+    wide = widest(env.device)
     flat = torch.cat([b.detach().to(wide).flatten() for b in buffers])
     dist.all_reduce(flat, group=group(env, "average"))
     flat /= env.world

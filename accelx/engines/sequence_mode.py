@@ -16,7 +16,7 @@ from accelx.engines import sequence_checks as checks, sequence_uneven
 from accelx.engines.forwards import wrap
 from accelx.engines.sequence import Site
 from accelx.engines.sequence_attention import attend
-from accelx.env_device import has_float64
+from accelx.env_device import widest
 from accelx.errors import LossError
 from accelx.records import Mean
 
@@ -130,8 +130,8 @@ def summed(site: Site, result: Any) -> Any:
 
     flat = tree.flatten(result, is_mean)
     each = [x for _, leaf in flat for x in _numbers(leaf, site.env.world)]
-    wide = torch.float64 if has_float64(site.env.device) else torch.float32
     device = next((x.device for x in each if x.dim()), site.env.device)
+    wide = widest(site.env.device)
     sums = torch.cat([x.reshape(-1).to(device, wide) for x in each])
     comm.sum_scalars(site.env, sums)
     parts = iter(sums.split([x.numel() for x in each]))

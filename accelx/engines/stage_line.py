@@ -10,6 +10,7 @@ from torch import Tensor
 
 from accelx import comm
 from accelx.comm_wire import dist, group
+from accelx.env_device import widest
 from accelx.records import Env
 
 UP, DOWN = 1, 2  # tags: those of a schedule's messages are 0
@@ -31,7 +32,8 @@ class Line:
 
     def add(self, numbers: list[float]) -> list[float]:
         """The sums over ranks of numbers, as many on each; the same on all."""
-        total = torch.tensor(numbers, dtype=torch.float64, device=self.env.device)
+        device = self.env.device
+        total = torch.tensor(numbers, dtype=widest(device), device=device)
         if self.after is None and self.before is None:  # of a device, or one rank
             comm.sum_scalars(self.env, total)
             return total.tolist()

@@ -23,7 +23,7 @@ from accelx.engines.stage_pipe import HALVES, Pipe, pipe
 from accelx.engines.stage_route import Route, Through, route
 from accelx.engines.stage_told import ahead, told, without
 from accelx.engines.stage_walk import Walk, stand_ins
-from accelx.env_device import has_float64
+from accelx.env_device import widest
 from accelx.env_part import rows_env
 from accelx.errors import DataError, LossError
 from accelx.records import Engine, Env, Loss, Out
@@ -316,11 +316,6 @@ def _reduced(state: State, here: Placed) -> None:
     whole.reduce([*slices, *rest], here.env)
 
 
-def _wide(env: Env) -> torch.dtype:
-    """A dtype that all stages can send, whatever theirs is."""
-    return torch.float64 if has_float64(env.device) else torch.float32
-
-
 def clipped(inner: Engine) -> Callable[[Any, float | None], Tensor]:
     """`clip` over all stages; weights that several of them have count once."""
 
@@ -335,7 +330,7 @@ def clipped(inner: Engine) -> Callable[[Any, float | None], Tensor]:
         own = torch.zeros(())
         if any(p.grad is not None for _, p in ours):
             own = inner.clip(attrs.evolve(state, trained=ours), None)
-        square = own.to(stages.env.device, _wide(stages.env)).square()
+        square = own.to(stages.env.device, widest(stages.env.device)).square()
         comm.sum_scalars(stages.env, square)
         norm = square.sqrt()
         if limit is not None:

@@ -10,6 +10,7 @@ from accelx import comm
 from accelx.cut import add, mean_of
 from accelx.engines.stage_homes import owner
 from accelx.engines.stage_line import Line, line
+from accelx.env_device import widest
 from accelx.errors import CollectiveError
 from accelx.records import Env, Mean, Out
 
@@ -43,7 +44,7 @@ def told(stages: Stages, job: Job) -> Out:
     if bare:
         count = int(weight) if weight.is_integer() else weight
         return Out(loss / (weight or 1), count, aux=given)
-    heavy = torch.tensor(weight, dtype=torch.float64, device=env.device)
+    heavy = torch.tensor(weight, dtype=widest(env.device), device=env.device)
     return Out(Mean(loss, heavy), heavy, aux=given)  # type: ignore[reportArgumentType]
 
 

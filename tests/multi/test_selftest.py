@@ -10,7 +10,6 @@ import torch
 import torch._dynamo  # optimizers import it when first made
 import torch.distributed.fsdp  # ranks are forked: once here, not once in each
 
-import accelx as ax
 from accelx import comm
 from accelx.doctors import checks, selftest
 from accelx.testing import run
@@ -208,12 +207,6 @@ def test_a_check_says_what_it_wanted_and_what_came():
     checks.wanted("one", True, 1)
     with pytest.raises(AssertionError, match="wanted one, got 2"):
         checks.wanted("one", False, 2)
-
-
-def test_the_dtype_is_what_the_device_has():
-    """float64, or float32 where there is none."""
-    assert checks._dtype(ax.Env(device="cuda:1")) == torch.float64
-    assert checks._dtype(ax.Env(device="mps")) == torch.float32
 
 
 def test_a_table_of_one_process_has_no_backend():

@@ -8,7 +8,7 @@ import torch
 
 import accelx as ax
 from accelx import _xla, rng_device
-from accelx.env_device import Hardware, has_float64, kind_of, probe, set_device
+from accelx.env_device import Hardware, has_float64, kind_of, probe, set_device, widest
 from accelx.errors import MissingExtraError, PlacementError
 from accelx.records import Env
 
@@ -80,6 +80,7 @@ def test_an_xpu_is_asked_whether_it_has_float64(monkeypatch, able):
     assert has_float64(f"xpu:{90 + able}") == able
     assert has_float64("cpu")
     assert not has_float64("mps")
+    assert (widest("cuda:1"), widest("mps")) == (torch.float64, torch.float32)
     assert asked == [f"xpu:{90 + able}"]
 
 
