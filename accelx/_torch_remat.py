@@ -30,7 +30,8 @@ def keeping_contexts(keeps: Callable[[Any], bool]) -> tuple[Any, Any]:
     first, again = contexts(chosen)
     if torch.compiler.is_compiling():
         return first, again
-    return first, _passing()(keeps, chosen, again.storage)
+    mutable = again.allow_cache_entry_mutation  # which torch 2.9 wants said
+    return first, _passing()(keeps, chosen, again.storage, mutable)
 
 
 @cache
