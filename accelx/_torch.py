@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from accelx.errors import PlacementError
+
 DispatchMode = TorchDispatchMode
 
 
@@ -70,6 +72,12 @@ def written(func: Any, args: Any, kwargs: Any) -> list[Any]:
 
 def copies_mesh(mesh: Any) -> Any:
     """The ranks of a mesh of one dim as copies of one slice, for fully_shard."""
+    if not hasattr(mesh, "_unflatten"):
+        raise PlacementError(
+            'weights that ranks have in part want a newer torch beside "ddp", got '
+            f'{torch.__version__}; install "torch>=2.13", or write '
+            'shard_model(env, "fsdp2")'
+        )
     return mesh._unflatten(0, (mesh.size(), 1), ("copies", "slice"))
 
 

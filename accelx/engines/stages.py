@@ -9,7 +9,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from accelx import _torch, deferred, dtypes
+from accelx import _torch, _torch_stages, deferred, dtypes
 from accelx.comm_wire import dist
 from accelx.engines import (
     copies,
@@ -167,6 +167,12 @@ def _enough(spec: Any, starts: list[str], ranks: int, each: int) -> None:
 
 def _possible(spec: Any, plan: Plan) -> None:
     """Refuse what cannot be put together, before anything is moved."""
+    if not _torch_stages.greets():
+        raise PlacementError(
+            "shard_stages wants a torch whose stages send what their neighbours await, "
+            f"as 2.13 does, got {torch.__version__}, in which they abort; install "
+            '"torch>=2.13", or leave shard_stages out'
+        )
     options = plan.options
     odd = [n for n in ("hook", "bucket_mb") if getattr(options, n) is not None]
     odd += ["static_graph"] if options.static_graph else []

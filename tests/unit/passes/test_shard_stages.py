@@ -1,6 +1,7 @@
 """Where a model is cut, how a batch is, and what is refused before any rank starts."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -8,11 +9,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import accelx as ax
+from accelx import _torch
 from accelx.cut import rows_in
+from accelx.engines import stages
 from accelx.engines.stage_homes import balanced, holders, homes, owner, weights_in
 from accelx.engines.stage_parts import legal, microbatches
 from accelx.engines.stage_route import ran, sketched
 from accelx.engines.stage_shapes import costed
+from accelx.errors import PlacementError
 from accelx.rows import Rows, mark, rows_of, stamp
 from accelx.saves.spread import Absent, ours
 from tests.laws import training as t
@@ -29,6 +33,15 @@ def test_modules_go_with_the_stage_under_way():
     assert found.of("layers.1.norm") == 1
     assert found.of("layers") is None
     assert found.of("") is None
+
+
+def test_stages_that_greet_in_another_dtype_are_refused(monkeypatch):
+    """Those of torch 2.9, which gloo would abort, and a mesh that cannot be cut."""
+    monkeypatch.setattr(stages._torch_stages, "greets", lambda: False)
+    with pytest.raises(PlacementError, match=re.escape(torch.__version__)):
+        stages._possible(None, None)
+    with pytest.raises(PlacementError, match=re.escape(torch.__version__)):
+        _torch.copies_mesh(object())
 
 
 def test_a_list_in_one_stage_is_no_part():
